@@ -1,0 +1,1 @@
+"""Compression of a model to a stated budget, on unlabelled items only."""

@@ -1,0 +1,376 @@
+"""All settings, one tree. The Python call, the command line and attar.toml build the same validated Config.
+
+The text under each field is its documentation: the command line's help, `attar init` and docs/cli.md are made from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+from attar.compress.budget import parse_budget
+from attar.errors import UsageError
+
+
+def _between(value: float | None, low: float, high: float) -> bool:
+    return value is None or low <= value <= high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    data: str = ""
+    """What to read: a folder, a quoted glob ("shots/**/*.png"), a list file (.txt, one path per line), a .tar/.zip archive or webdataset shard, or a .parquet file with image bytes."""
+    test_share: float = 0.15
+    """Share of the items kept untouched for the final figures (chosen by content, so duplicates never straddle it)."""
+    validation_share: float = 0.1
+    """Share of the items that choices inside the run are made on (chosen by content)."""
+    max_megapixels: float = 100.0
+    """Larger images are quarantined unread: the guard against decompression bombs."""
+
+    def faults(self) -> Iterable[str]:
+        if not self.data:
+            yield "data: nothing to read; name a folder, glob, list file, archive or Parquet file"
+        if not (0 < self.test_share < 1 and 0 < self.validation_share < 1 and self.test_share + self.validation_share < 0.9):
+            yield f"test_share, validation_share: {self.test_share}, {self.validation_share}; each must be above 0 and their sum below 0.9, so that items to learn from remain"
+        if self.max_megapixels <= 0:
+            yield f"max_megapixels: {self.max_megapixels}; must be above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    model: str = "self"
+    """The model: "self" (learn one from the data), "hf:FOLDER-OR-HUB-ID" (transformers), "timm:NAME", or "FILE.py:BUILDER" (your own)."""
+    weights: str | None = None
+    """Weights for FILE.py:BUILDER: .safetensors, or a PyTorch checkpoint that loads with weights_only."""
+    output: str = "auto"
+    """What the model returns: "logits" (a classifier), "embedding", or "auto" (asks the model's own description)."""
+    input_size: int | None = None
+    """Side of the square input in pixels; overrides the model's own description, and is required where it has none and the images differ in size."""
+    mean: tuple[float, ...] | None = None
+    """Per-channel mean in units of [0, 1]; overrides the model's own description."""
+    std: tuple[float, ...] | None = None
+    """Per-channel standard deviation in units of [0, 1]; overrides the model's own description."""
+
+    def faults(self) -> Iterable[str]:
+        if self.output not in ("auto", "logits", "embedding"):
+            yield f"output: {self.output!r}; expected auto, logits or embedding"
+        if not _between(self.input_size, 8, 1024):
+            yield f"input_size: {self.input_size}; expected 8 to 1024 pixels"
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) not in (1, 3):
+                yield f"{name}: {value}; expected one or three numbers"
+        if self.std is not None and min(self.std, default=0) <= 0:
+            yield f"std: {self.std}; every number must be above 0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    self_steps: int | None = None
+    """Training steps of the `self` encoder; by default set from the number of items. Training stops earlier on a plateau."""
+    self_width: int = 16
+    """Channels of the `self` encoder's first stage; doubles at each of its stages."""
+    batch_size: int = 256
+    """Items in a contrastive batch (each seen in two views)."""
+    temperature: float = 0.2
+    """Temperature of the NT-Xent loss."""
+
+    def faults(self) -> Iterable[str]:
+        if not _between(self.self_steps, 1, 10**9):
+            yield f"self_steps: {self.self_steps}; expected at least 1"
+        if not (8 <= self.self_width <= 256):
+            yield f"self_width: {self.self_width}; expected 8 to 256"
+        if self.batch_size < 4:
+            yield f"batch_size: {self.batch_size}; expected at least 4"
+        if not (0.01 <= self.temperature <= 2):
+            yield f"temperature: {self.temperature}; expected 0.01 to 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    clusters: int = 0
+    """Number of clusters; 0 chooses it without labels."""
+    max_clusters: int = 30
+    """Largest number of clusters tried when choosing."""
+    components: int = 32
+    """Dimensions of the space the clustering runs in (principal components of the normalised vectors)."""
+    min_subcluster: int = 10
+    """Smallest density cluster (HDBSCAN) reported inside a k-means cluster."""
+
+    def faults(self) -> Iterable[str]:
+        if self.clusters < 0 or self.clusters == 1:
+            yield f"clusters: {self.clusters}; expected 0 (choose) or at least 2"
+        if self.max_clusters < 2:
+            yield f"max_clusters: {self.max_clusters}; expected at least 2"
+        if self.components < 2:
+            yield f"components: {self.components}; expected at least 2"
+        if self.min_subcluster < 2:
+            yield f"min_subcluster: {self.min_subcluster}; expected at least 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curate:
+    keep_share: float = 1.0
+    """Share of the training items, after duplicates and outliers, that the balanced core set keeps."""
+    near_duplicate: float = 0.97
+    """Two items are near duplicates when both the cosine similarity of their vectors and the correlation of their 16 × 16 thumbnails reach this."""
+    outlier_cut: float = 0.98
+    """Items with an outlier score above this are dropped."""
+
+    def faults(self) -> Iterable[str]:
+        if not (0 < self.keep_share <= 1):
+            yield f"keep_share: {self.keep_share}; expected above 0, at most 1"
+        if not (0.5 <= self.near_duplicate <= 1):
+            yield f"near_duplicate: {self.near_duplicate}; expected 0.5 to 1"
+        if not (0 <= self.outlier_cut <= 1):
+            yield f"outlier_cut: {self.outlier_cut}; expected 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    strength: float | None = None
+    """Pins the strength of every family of transforms, 0 (none) to 1 (full range); by default found per cluster without labels."""
+    frequency: float | None = None
+    """Pins how often each family is applied to a view, 0 to 1; by default the family's own."""
+
+    def faults(self) -> Iterable[str]:
+        for name in ("strength", "frequency"):
+            if not _between(getattr(self, name), 0, 1):
+                yield f"{name}: {getattr(self, name)}; expected 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    train_steps: int | None = None
+    """Further training steps of the `self` encoder on the curated items with the found policy; by default half of self_steps, 0 skips. Given models are never changed here."""
+
+    def faults(self) -> Iterable[str]:
+        if not _between(self.train_steps, 0, 10**9):
+            yield f"train_steps: {self.train_steps}; expected 0 or more"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress:
+    budget: str = "agreement>=0.95"
+    """What the small model must meet, comma-separated: size, latency, macs, parameters (<=, absolute like 3MB or 2ms, or relative like 0.5x) and agreement (>=, with the original)."""
+    minutes: float | None = None
+    """Time for the compression loop; the step counts that fit are fixed once, from a measured speed, and kept in the run folder. By default they follow from the model's and the data's size alone."""
+    distil_steps: int | None = None
+    """Distillation steps per candidate; overrides what `minutes` or the default would give."""
+    distil_batch: int = 64
+    """Items in a distillation batch."""
+    calibration_items: int = 256
+    """Training items that repair and quantisation look at."""
+    threads: int = 1
+    """Threads for measuring latency (batch 1)."""
+
+    def faults(self) -> Iterable[str]:
+        try:
+            parse_budget(self.budget)
+        except UsageError as error:
+            yield f"budget: {error}"
+        if self.minutes is not None and self.minutes <= 0:
+            yield f"minutes: {self.minutes}; expected above 0"
+        if not _between(self.distil_steps, 0, 10**9):
+            yield f"distil_steps: {self.distil_steps}; expected 0 or more"
+        for name, low in (("distil_batch", 2), ("calibration_items", 8), ("threads", 1)):
+            if getattr(self, name) < low:
+                yield f"{name}: {getattr(self, name)}; expected at least {low}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    labels: str | None = None
+    """Labels to judge with (never to learn from): a .csv with the columns path,label, or "folders" for the names of the items' folders."""
+    neighbours: int = 10
+    """Neighbours compared by the k-nearest-neighbour overlap."""
+
+    def faults(self) -> Iterable[str]:
+        if self.neighbours < 1:
+            yield f"neighbours: {self.neighbours}; expected at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    out: str = ""
+    """The run folder; by default attar-runs/NAME-OF-THE-DATA. The same command again resumes it."""
+    seed: int = 0
+    """Seed of every random choice."""
+    workers: int = 2
+    """Threads that read and decode items."""
+
+    def faults(self) -> Iterable[str]:
+        if self.seed < 0:
+            yield f"seed: {self.seed}; expected 0 or more"
+        if self.workers < 1:
+            yield f"workers: {self.workers}; expected at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run; the field names are the sections of attar.toml."""
+
+    setup: Setup = field(default_factory=Setup)
+    data: Data = field(default_factory=Data)
+    model: ModelChoice = field(default_factory=ModelChoice)
+    embed: Embed = field(default_factory=Embed)
+    cluster: Cluster = field(default_factory=Cluster)
+    curate: Curate = field(default_factory=Curate)
+    augment: Augment = field(default_factory=Augment)
+    train: Train = field(default_factory=Train)
+    compress: Compress = field(default_factory=Compress)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    @property
+    def out(self) -> Path:
+        """The run folder; its default name comes from the data's."""
+        if self.setup.out:
+            return Path(self.setup.out)
+        stem = Path(self.data.data.split("*")[0] or ".").resolve()
+        return Path("attar-runs") / (stem.stem or "data")
+
+
+class Option(NamedTuple):
+    section: str
+    name: str
+    type: Any  # the annotation, resolved
+    default: Any
+    text: str
+
+
+def _field_texts(section: type) -> dict[str, str]:
+    """The string written under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    return {
+        before.target.id: after.value.value
+        for before, after in zip(body, body[1:], strict=False)
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+
+
+@functools.cache
+def options() -> dict[str, Option]:
+    """Every setting by name. Names are unique across sections, so that a flag or keyword needs no prefix."""
+    found: dict[str, Option] = {}
+    for section in dataclasses.fields(Config):
+        kind = section.default_factory  # type: ignore[misc]
+        texts, hints = _field_texts(kind), typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            assert item.name not in found, f"two settings named {item.name}"
+            found[item.name] = Option(section.name, item.name, hints[item.name], item.default, texts[item.name])
+    return found
+
+
+def _parse(option: Option, value: Any) -> Any:
+    """A value from the command line, attar.toml or Python as the option's type; raises ValueError with what was expected."""
+    kinds = [kind for kind in (typing.get_args(option.type) or (option.type,)) if kind is not type(None)]
+    kind = kinds[0] if isinstance(option.type, types.UnionType) or len(kinds) == 1 else option.type
+    if value is None:
+        if type(None) in typing.get_args(option.type):
+            return None
+        raise ValueError("a value is required")
+    if typing.get_origin(kind) is tuple:
+        parts = value.replace(",", " ").split() if isinstance(value, str) else value
+        return tuple(float(part) for part in (parts if isinstance(parts, Iterable) else [parts]))
+    if kind is str:
+        return str(value)
+    if isinstance(value, bool):
+        raise ValueError(f"expected {kind.__name__}")
+    if kind is int and (isinstance(value, float) and value != int(value)):
+        raise ValueError("expected a whole number")
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); name an existing file, or make one with: attar init") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML ({error}); `attar init` writes a valid one to start from") from None
+    flat: dict[str, Any] = {}
+    faults = []
+    sections = {item.name for item in dataclasses.fields(Config)}
+    for section, body in tree.items():
+        if section not in sections or not isinstance(body, dict):
+            faults.append(f"{path}: unknown section [{section}]; the sections are {', '.join(sorted(sections))}")
+            continue
+        for name, value in body.items():
+            option = options().get(name)
+            if option is None or option.section != section:
+                where = f"it belongs in [{option.section}]" if option else _closest(name)
+                faults.append(f"{path}: unknown setting {name!r} in [{section}]; {where}")
+            else:
+                flat[name] = value
+    return flat, faults
+
+
+def _closest(name: str) -> str:
+    near = difflib.get_close_matches(name, options(), 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(options())}"
+
+
+def build_config(given: Mapping[str, Any], file: str | Path | None = None) -> Config:
+    """The validated Config from settings given by name (they win) over those of a TOML file, over the defaults.
+
+    Raises UsageError listing every fault at once: unknown settings, values of the wrong type, values out of range.
+    """
+    flat, faults = _read_toml(Path(file)) if file else ({}, [])
+    flat |= given
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        option = options().get(name)
+        if option is None:
+            faults.append(f"unknown setting {name!r}; {_closest(name)}")
+            continue
+        try:
+            sections.setdefault(option.section, {})[name] = _parse(option, value)
+        except ValueError as error:
+            faults.append(f"{name}: {value!r}; {error}")
+    built = {item.name: item.default_factory(**sections.get(item.name, {})) for item in dataclasses.fields(Config)}  # type: ignore[misc]
+    for section in built.values():
+        faults.extend(section.faults())
+    if faults:
+        raise UsageError(
+            "\n".join(faults)
+            if len(faults) == 1
+            else f"{len(faults)} settings cannot be used:\n" + "\n".join(f"  - {fault}" for fault in faults)
+        )
+    return Config(**built)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by name, as build_config takes them."""
+    return {name: getattr(getattr(config, option.section), name) for name, option in options().items()}
+
+
+def template() -> str:
+    """A commented attar.toml with every setting at its default."""
+    lines = ["# Settings of attar; a flag or keyword of the same name wins over this file. Lines with # keep the default."]
+    section = ""
+    for option in options().values():
+        if option.section != section:
+            section = option.section
+            lines += ["", f"[{section}]"]
+        lines += [f"# {line}" for line in textwrap.wrap(option.text, 116)]
+        default = "" if option.default is None else f'"{option.default}"' if isinstance(option.default, str) else option.default
+        lines.append(f"# {option.name} = {default}".rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Modalities: each file answers how to find items, load a batch, encode by default, transform, and show an item."""

@@ -1,0 +1,292 @@
+"""The records that flow down the spine. Frozen; a stage reads records and returns one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+SPLITS = ("train", "validation", "test")
+
+ITEM_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),  # 0 … n−1, in the order of `path`
+        ("path", pa.string()),  # relative to the data root; members of a container are "archive.tar::member.jpg"
+        ("modality", pa.string()),
+        ("content", pa.string()),  # hash of the decoded pixels: equal for exact duplicates, whatever the file format
+        ("bytes", pa.int64()),  # of the encoded file
+        ("width", pa.int32()),  # pixels, after EXIF orientation
+        ("height", pa.int32()),
+        ("format", pa.string()),  # what the bytes are ("JPEG"), whatever the name says
+        ("frame_time", pa.float64()),  # seconds from the start of the video; null for still images
+        ("split", pa.string()),  # one of SPLITS
+        ("note", pa.string()),  # what had to be changed to read it ("rotated by EXIF"); empty when nothing
+        ("thumb", pa.binary(256)),  # 16 × 16 grey bytes: the fingerprint near-duplicate checks confirm with
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string()), ("remedy", pa.string())])
+CLUSTER_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("cluster", pa.int32()),  # coarse (k-means) cluster, 0 … k−1
+        ("subcluster", pa.int32()),  # density cluster inside it, numbered across the whole table; −1 for none
+        ("distance", pa.float32()),  # to the cluster's centroid, in the clustering space
+        ("density", pa.float32()),  # 1 / mean distance to the nearest neighbours in the cluster
+        ("outlier", pa.float32()),  # 0 (typical) … 1 (far from everything): see cluster.outlier_scores
+    ]
+)
+SELECTION_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),  # why it was dropped ("exact duplicate", "near duplicate", "outlier", "redundant"); empty for kept
+        ("witness", pa.int64()),  # the kept item that stands for it; −1 where there is none
+        ("similarity", pa.float32()),  # cosine similarity to the witness
+        ("weight", pa.float32()),  # kept items: how many items they stand for, itself included; dropped: 0
+        ("leak", pa.bool_()),  # a validation or test item with a near duplicate in the training split
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image becomes a model's input; always taken from the model, its file or the user, never guessed."""
+
+    size: tuple[int, int]
+    """Height and width of the input, pixels."""
+    resize_shortest: int | None = None
+    """Scale the shorter side to this, then crop the centre to `size`; None scales straight to `size`."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per-channel mean, in units of [0, 1]."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per-channel standard deviation, in units of [0, 1]."""
+    resample: str = "bilinear"
+    """Filter: nearest, bilinear, bicubic, lanczos or box (antialiased when shrinking)."""
+    origin: str = ""
+    """Where these figures come from, in words a person can check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """What scan found: one row per readable item, and what was set aside and why."""
+
+    root: str
+    """The data as the user named it, made absolute: folder, glob, list file, archive or Parquet file."""
+    table: pa.Table
+    """Schema ITEM_SCHEMA, ordered by id."""
+    quarantine: pa.Table
+    """Schema QUARANTINE_SCHEMA."""
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def column(self, name: str) -> np.ndarray:
+        """One column as a numpy array (strings as objects)."""
+        return self.table[name].to_numpy(zero_copy_only=False)
+
+    def ids(self, split: str | None = None) -> np.ndarray:
+        """Ids (int64) of one split, or of all items."""
+        ids = self.column("id")
+        return ids if split is None else ids[self.column("split") == split]
+
+
+class Shard(NamedTuple):
+    ids: np.ndarray  # (m,) int64
+    values: np.ndarray  # (m, d) float16 or float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vectors:
+    """id → embedding, in shards that are read one at a time, and the model that made them."""
+
+    shards: Sequence[Callable[[], Shard]]
+    """Each call reads one shard; ids ascend within and across shards."""
+    count: int
+    dim: int
+    model: Model
+    """The encoder; for `self` the one that was just trained."""
+    signals: tuple[Mapping[str, float], ...] = ()
+    """Training curve of the `self` encoder (step, loss, validation loss, effective rank); empty for a given model."""
+
+    def batches(self) -> Iterator[Shard]:
+        for shard in self.shards:
+            yield shard()
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Vectors of some ids, (len(ids), dim) float32, in the order asked; reads one shard at a time."""
+        out = np.empty((len(ids), self.dim), np.float32)
+        order = np.argsort(ids, kind="stable")
+        wanted = np.asarray(ids)[order]
+        for shard in self.batches():
+            low, high = np.searchsorted(wanted, [shard.ids[0], shard.ids[-1] + 1])
+            if low < high:
+                out[order[low:high]] = shard.values[np.searchsorted(shard.ids, wanted[low:high])]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Embedding → cluster probabilities: softmax(−‖(e/‖e‖ − mean) · projection − centroid‖² / temperature)."""
+
+    mean: np.ndarray  # (d,) float32
+    projection: np.ndarray  # (d, p) float32
+    centroids: np.ndarray  # (k, p) float32
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clusters:
+    table: pa.Table
+    """Schema CLUSTER_SCHEMA, ordered by id."""
+    head: Head
+    medoids: np.ndarray
+    """(k,) id of the item nearest each centroid."""
+    curve: tuple[Mapping[str, float], ...]
+    """Score of every number of clusters tried: {"k": 8, "score": 0.31}."""
+    separation: float
+    """Mean silhouette of the chosen clustering in the clustering space, −1 … 1."""
+    method: str
+    """In words: what chose the number of clusters."""
+
+    @property
+    def count(self) -> int:
+        return len(self.head.centroids)
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy(zero_copy_only=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    table: pa.Table
+    """Schema SELECTION_SCHEMA, ordered by id."""
+    thresholds: Mapping[str, float]
+    """The figures the decisions were made with (near-duplicate similarity, outlier cut, share)."""
+
+    def column(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy(zero_copy_only=False)
+
+
+class Dial(NamedTuple):
+    strength: float  # 0 (identity) … 1 (the family's full range)
+    frequency: float  # probability that the family is applied to a view
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    families: Mapping[str, Dial]
+    """Dial of each family of transforms, for items of no particular cluster."""
+    clusters: tuple[Mapping[str, Dial], ...] = ()
+    """Dials per cluster, by cluster number; empty when the global ones serve all."""
+    method: str = "defaults"
+    """How the dials were found."""
+    evidence: tuple[Mapping[str, Any], ...] = ()
+    """The measurements behind them."""
+
+    def of(self, cluster: int | None = None) -> Mapping[str, Dial]:
+        return self.families if cluster is None or not self.clusters else self.clusters[cluster]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network as weights plus the recipe that rebuilds its graph."""
+
+    source: Mapping[str, Any]
+    """What builds the uncut graph: {"source": "hf:…", …}; see models.sources.build."""
+    state: Mapping[str, Any]
+    """name → torch tensor."""
+    preprocess: Preprocess
+    classes: tuple[str, ...] = ()
+    """Class names in the order of the logits; empty for an encoder."""
+    cuts: tuple[Any, ...] = ()
+    """Structural cuts replayed on the graph before the weights are loaded: (module, is_out, channels removed)."""
+    head: Head | None = None
+    parameters: int = 0
+    macs: int = 0
+    """Multiply-accumulates of one item."""
+    lineage: tuple[str, ...] = ()
+    """What was done to it, in order, on what evidence."""
+    signals: tuple[Mapping[str, float], ...] = ()
+    """Training curve of the stage that made it."""
+
+
+class Figure(NamedTuple):
+    """One figure with its interval; `low` = `high` = `value` for exact counts."""
+
+    name: str  # "agreement", "accuracy", "latency_ms" …
+    of: str  # "original" or "student"
+    value: float
+    low: float
+    high: float
+    n: int
+    split: str
+    method: str  # how the interval was made: "Wilson 95 %", "bootstrap 95 %", "count"
+    unit: str  # "share", "ms", "bytes", "ratio" …
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One point of the Pareto list; its file has been built and measured."""
+
+    name: str
+    model: Model
+    onnx: Path
+    """The file as it would be shipped."""
+    precision: str
+    """"float32" or "int8"."""
+    figures: Mapping[str, float]
+    """size (bytes), parameters, macs, latency (ms), agreement (validation share) and n of it; ratios to the original end in "_ratio"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    original: Candidate
+    """The original in float32 ONNX: what the ratios are against."""
+    candidates: tuple[Candidate, ...]
+    chosen: str
+    """Name of the candidate delivered."""
+    budget: str
+    met: bool
+    reason: str
+    """Why it stopped, and which constraint binds when the budget was not met."""
+    threads: int
+    """Threads of the latency measurement."""
+
+    @property
+    def student(self) -> Candidate:
+        return next(c for c in (*self.candidates, self.original) if c.name == self.chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    figures: tuple[Figure, ...]
+    per_cluster: tuple[Mapping[str, Any], ...] = ()
+    """Agreement in each cluster: cluster, n, value, low, high."""
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why."""
+
+    def get(self, name: str, of: str = "student") -> Figure | None:
+        return next((f for f in self.figures if f.name == name and f.of == of), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The deliverable: RUN/model, usable without attar's training side."""
+
+    onnx: Path
+    card: Mapping[str, Any]
+    checks: Mapping[str, float] = field(default_factory=dict)
+    """Largest difference between the file and the torch model on real items, and share of equal decisions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The report."""
+
+    html: str
+    sentence: str
+    """The result in one sentence with its figures."""

@@ -1,0 +1,286 @@
+"""The run folder: what is finished, what is half done, and what each result was made from.
+
+    RUN/run.json            what this folder is a run of; its presence makes the folder attar's
+    RUN/settings.json       the settings of the last command, for the verbs that continue a run
+    RUN/stages/NAME.json    manifest of a finished stage: key (hash of its inputs and settings), outputs, seconds, notes
+    RUN/.partial/NAME-KEY/  half-done work of a stage: shards, checkpoints, candidates; removed when the stage is finished
+
+A stage is skipped when its key is the one in its manifest and its files are there. A key covers the contents of the
+records it reads, so a stage that was made again with the same result does not disturb those after it. Every file is
+written under a temporary name and renamed, so that a kill at any moment leaves either the old or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from attar import __version__, formats
+from attar.errors import UsageError, WorkspaceError
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusals to write into an error that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS and Path(error.filename or path).is_relative_to(path):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "free some space, then run the same command: it resumes" if full else "choose a folder you can write to with --out"
+            raise WorkspaceError(f"{error.filename or path}: cannot write the run folder ({error.strerror}); {remedy}") from error
+        raise
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Job:
+    """What a stage gets besides records and settings: randomness, progress, and a place to keep half-done work."""
+
+    def __init__(self, name: str, folder: Path, *, seed: int = 0, workers: int = 2, quiet: bool = False) -> None:
+        self.name, self.folder, self.seed, self.workers, self.quiet = name, folder, seed, workers, quiet
+        self.notes: list[str] = (self.recall("notes.json") or []) if folder.exists() else []
+
+    def rng(self, *purpose: Any) -> np.random.Generator:
+        """A generator that depends on the seed, the stage and the purpose only, so that a resumed stage draws the same numbers."""
+        return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), zlib.crc32(repr(purpose).encode())])
+
+    def progress(self, total: int, label: str, unit: str = "items", done: int = 0) -> tqdm:
+        """A bar on stderr with rate and remaining time; appears after two seconds, never in quiet mode."""
+        slow = 0.2 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=total,
+            desc=f"{self.name}: {label}",
+            unit=f" {unit}",
+            initial=done,
+            delay=2,
+            disable=self.quiet,
+            mininterval=slow,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def say(self, text: str) -> None:
+        """Tells the person something worth knowing, once; kept with the stage and shown in the report."""
+        if text in self.notes:
+            return
+        self.notes.append(text)
+        self.remember("notes.json", self.notes)
+        if not self.quiet:
+            tqdm.write(f"{self.name}: {text}", file=sys.stderr)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keeps half-done work under a name ending in .json, .parquet (a table) or .pt (tensors, numbers, containers of them)."""
+        with _disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".{name}.tmp"
+            if name.endswith(".json"):
+                formats.write_json(temporary, value)
+            elif name.endswith(".parquet"):
+                formats.write_table(temporary, value)
+            else:
+                import torch
+
+                torch.save(value, temporary)
+            os.replace(temporary, self.folder / name)
+
+    def recall(self, name: str) -> Any:
+        """What was kept under a name by this stage, with these inputs and settings, before it was interrupted; else None."""
+        path = self.folder / name
+        if not path.exists():
+            return None
+        if name.endswith(".json"):
+            return formats.read_json(path)
+        if name.endswith(".parquet"):
+            return pq.read_table(path)
+        import torch
+
+        return torch.load(path, weights_only=True)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The kept value of that name, made and kept when there is none."""
+        kept = self.recall(name)
+        if kept is None:
+            self.remember(name, make())
+            kept = self.recall(name)
+        return kept
+
+    def shard(self, number: int, make: Callable[[], pa.Table]) -> pa.Table:
+        """One shard of a long table, made once."""
+        return self.once(f"shard-{number:05d}.parquet", make)
+
+    def build(self, name: str, write: Callable[[Path], None]) -> Path:
+        """A folder that `write` fills, made once: it is either whole or absent."""
+        path = self.folder / name
+        if not path.exists():
+            with _disk(self.folder):
+                temporary = self.folder / f".{name}.tmp"
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                write(temporary)
+                os.replace(temporary, path)
+        return path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of the spine: what makes it, from which records and which sections of the settings."""
+
+    make: Callable[..., Any]
+    """Called with the records of `needs`, then the sections of `settings`, then the Job; returns one record."""
+    record: type
+    needs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    fingerprint: Callable[..., Any] | None = None
+    """Called with the sections; a value that changes when something outside the run folder (data, weights) changes."""
+
+
+class Workspace:
+    """A run folder, locked while it is open."""
+
+    def __init__(self, root: Path, stages: Mapping[str, Stage]) -> None:
+        self.root, self.stages = root, stages
+        self._lock: Any = None
+        self.ran: list[str] = []
+        """Stages that did work since the folder was opened."""
+
+    def __enter__(self) -> Workspace:
+        with _disk(self.root):
+            if self.root.exists() and not self.root.is_dir():
+                raise WorkspaceError(f"{self.root}: is a file, not a run folder; choose another name with --out")
+            if self.root.is_dir() and not (self.root / "run.json").exists() and any(entry.name != ".lock" for entry in self.root.iterdir()):
+                raise WorkspaceError(
+                    f"{self.root}: is not empty and not a run of attar; nothing was touched; choose another folder with --out"
+                )
+            (self.root / "stages").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise WorkspaceError(
+                f"{self.root}: another attar is working in this run folder; wait for it, or choose another with --out"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()  # closing releases the lock, as does a kill
+
+    def claim(self, data: str, settings: Mapping[str, Any]) -> None:
+        """Marks the folder as a run of this data; refuses the folder of another data set."""
+        marker = self.root / "run.json"
+        if marker.exists():
+            held = formats.read_json(marker)["data"]
+            if held != data:
+                raise UsageError(f"{self.root}: is a run of {held}, not of {data}; choose another folder with --out")
+        with _disk(self.root):
+            self._write("run.json", {"data": data, "attar": __version__})
+            self._write("settings.json", settings)
+
+    def _write(self, name: str, value: Any) -> None:
+        temporary = self.root / f"{name}.tmp"
+        formats.write_json(temporary, value)
+        os.replace(temporary, self.root / name)
+
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        """The manifest of a finished stage whose files are all there, else None."""
+        path = self.root / "stages" / f"{name}.json"
+        try:
+            body = formats.read_json(path)
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        whole = all(
+            (self.root / file).is_file() and (self.root / file).stat().st_size == size for file, (size, _) in body["outputs"].items()
+        )
+        return body if whole else None
+
+    def load(self, name: str) -> Any:
+        """The record of a finished stage."""
+        if self.manifest(name) is None:
+            raise WorkspaceError(f"{self.root}: the stage {name} is not finished here; run: attar {name} {self.root}")
+        return formats.FORMATS[self.stages[name].record].load(self.root)
+
+    def key(self, name: str, config: Any) -> str:
+        """Hash of everything a stage's result depends on; the stages it needs must be finished."""
+        stage = self.stages[name]
+        sections = [getattr(config, section) for section in stage.settings]
+        inputs = {need: (self.manifest(need) or {}).get("content") for need in stage.needs}
+        outside = stage.fingerprint(*sections) if stage.fingerprint else None
+        return _digest([name, __version__, config.setup.seed, [dataclasses.asdict(section) for section in sections], inputs, outside])
+
+    def run(self, name: str, config: Any, *, quiet: bool = False) -> Any:
+        """The record of a stage: loaded when it is finished and nothing it depends on changed, else made (resuming what is half done)."""
+        stage, key = self.stages[name], self.key(name, config)
+        manifest = self.manifest(name)
+        if manifest and manifest["key"] == key:
+            return self.load(name)
+        scratch = self.root / ".partial" / f"{name}-{key[:12]}"
+        job = Job(name, scratch, seed=config.setup.seed, workers=config.setup.workers, quiet=quiet)
+        spent = (job.recall("seconds.json") or 0.0) if scratch.exists() else 0.0
+        started = time.perf_counter()
+        try:
+            with _disk(self.root):
+                record = stage.make(
+                    *(self.load(need) for need in stage.needs), *(getattr(config, section) for section in stage.settings), job
+                )
+        finally:
+            if scratch.exists():
+                with contextlib.suppress(OSError, WorkspaceError):
+                    job.remember("seconds.json", spent + time.perf_counter() - started)
+        with _disk(self.root):
+            self._publish(name, key, record, scratch, {"seconds": round(spent + time.perf_counter() - started, 2), "notes": job.notes})
+        self.ran.append(name)
+        return self.load(name)
+
+    def _publish(self, name: str, key: str, record: Any, scratch: Path, body: dict[str, Any]) -> None:
+        """Moves a stage's files into place; the manifest goes last, so that a kill in between means the stage is finished again from its scratch."""
+        fresh = scratch / "out"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        formats.FORMATS[self.stages[name].record].save(fresh, record)
+        outputs = {
+            str(path.relative_to(fresh)): (path.stat().st_size, file_digest(path)) for path in sorted(fresh.rglob("*")) if path.is_file()
+        }
+        manifest = self.root / "stages" / f"{name}.json"
+        before = formats.read_json(manifest)["outputs"] if manifest.exists() else {}
+        manifest.unlink(missing_ok=True)
+        for stale in before.keys() - outputs.keys():
+            (self.root / stale).unlink(missing_ok=True)
+        for file in outputs:
+            target = self.root / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(fresh / file, target)
+        content = _digest({file: digest for file, (_, digest) in outputs.items()})
+        self._write(f"stages/{name}.json", body | {"key": key, "content": content, "outputs": outputs, "attar": __version__})
+        for old in (self.root / ".partial").glob(f"{name}-*"):
+            shutil.rmtree(old, ignore_errors=True)
