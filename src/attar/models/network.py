@@ -1,0 +1,113 @@
+"""The one shape in which every stage sees a model: images → (embedding, logits or None)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from attar.errors import ModelError
+from attar.records import Head
+
+
+def plain(output: Any) -> Tensor:
+    """The tensor that matters in what a model returns: a tensor itself, or the logits, pooled or last hidden state of a transformers output.
+
+    Maps (n, c, h, w) are averaged over space, token sequences (n, t, d) over tokens.
+    """
+    if isinstance(output, Mapping):
+        keys = [key for key in ("logits", "pooler_output", "last_hidden_state") if output.get(key) is not None]
+        if not keys:
+            raise ModelError(f"the model returns {sorted(output)}; expected a tensor, or one of logits, pooler_output, last_hidden_state")
+        output = output[keys[0]]
+    elif isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; expected a tensor (items, channels)")
+    return output.flatten(2).mean(2) if output.dim() == 4 else output.mean(1) if output.dim() == 3 else output
+
+
+class Network(nn.Module):
+    """A model as images (n, 3, h, w) → (embedding (n, d), logits (n, c) or None).
+
+    The embedding of a classifier is what enters its last linear layer, found by comparing every layer's output with the logits.
+    """
+
+    def __init__(self, body: nn.Module, classifier: str | None = None) -> None:
+        super().__init__()
+        self.body, self.classifier = body, classifier
+        self._tap: Tensor | None = None
+        if classifier is not None:
+            body.get_submodule(classifier).register_forward_pre_hook(self._keep)
+
+    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._tap = inputs[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        output = plain(self.body(x))
+        if self.classifier is None:
+            return output, None
+        embedding, self._tap = self._tap, None
+        return plain(embedding), output
+
+
+def find_classifier(body: nn.Module, example: Tensor) -> str | None:
+    """Name of the last linear (or 1 × 1 convolution) layer whose output is the model's output; None when there is none."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out))
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    try:
+        with torch.no_grad():
+            output = plain(body(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    equal = [name for name, out in seen.items() if out.flatten(1).shape == output.shape and torch.equal(out.flatten(1), output)]
+    return equal[-1] if equal else None
+
+
+class Shipped(nn.Module):
+    """What the exported file computes: embedding, cluster probabilities, and logits where the model has classes."""
+
+    def __init__(self, network: Network, head: Head) -> None:
+        super().__init__()
+        self.network, self.head = network, ClusterHead(head)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        embedding, logits = self.network(x)
+        outputs = embedding, self.head(embedding)
+        return outputs if logits is None else (*outputs, logits)
+
+
+class ClusterHead(nn.Module):
+    """records.Head as a module: the same formula, differentiable and exportable."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.temperature = head.temperature
+        for name in ("mean", "projection", "centroids"):
+            self.register_buffer(name, torch.as_tensor(getattr(head, name)))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        z = (F.normalize(embedding, dim=1) - self.mean) @ self.projection
+        # ‖z − c‖² without ‖z‖², which softmax cancels
+        distances = self.centroids.square().sum(1) - 2 * z @ self.centroids.T
+        return F.softmax(-distances / self.temperature, 1)
+
+
+def count_macs(network: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one item (convolutions, linear layers, matrix products, attention), from torch's own counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(example[:1])
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

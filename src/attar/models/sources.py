@@ -1,0 +1,269 @@
+"""Where models come from: `self`, `hf:…`, `timm:…` and `FILE.py:BUILDER`, each resolved to the same record.
+
+Resolving gives the network, its weights and its preprocessing, or an error that names what is missing. The record holds
+the recipe of the graph, so that `network(model)` builds it again, cuts included, in any later process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attar.config import ModelChoice
+from attar.errors import MissingExtra, ModelError, UsageError
+from attar.models import weights as files
+from attar.models.network import Network, count_macs, count_parameters, find_classifier
+from attar.models.preprocessing import from_flags, from_hub_config
+from attar.models.students import Encoder, input_side
+from attar.records import Items, Model, Preprocess
+from attar.workspace import Job, file_digest
+
+KNOWN = '"self", "hf:FOLDER-OR-HUB-ID", "timm:NAME" or "FILE.py:BUILDER"'
+
+
+def kind_of(source: str) -> str:
+    """One of self, hf, timm, file; raises UsageError for anything else."""
+    if source == "self":
+        return "self"
+    if source.startswith(("hf:", "timm:")) and source.split(":", 1)[1]:
+        return source.split(":", 1)[0]
+    if ".py:" in source and source.rsplit(":", 1)[1].isidentifier():
+        return "file"
+    raise UsageError(f"model: {source!r} is not a known source; expected {KNOWN}")
+
+
+def fingerprint(choice: ModelChoice, *_: Any) -> list[str]:
+    """Hashes of the local files a model is made from, so that changed weights or code are noticed."""
+    kind, paths = kind_of(choice.model), []
+    if kind == "file":
+        paths = [Path(choice.model.rsplit(":", 1)[0])]
+    elif kind == "hf" and Path(choice.model[3:]).is_dir():
+        paths = sorted(path for path in Path(choice.model[3:]).iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".py"))
+    paths += [Path(choice.weights)] if choice.weights else []
+    return [file_digest(path) for path in paths if path.is_file()]
+
+
+def resolve(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Model:
+    """The model a source names, in evaluation mode, with its preprocessing; `self` comes untrained.
+
+    Raises UsageError for an unknown source, MissingExtra, or ModelError when it cannot be built, loaded, run or fed.
+    """
+    kind = kind_of(choice.model)
+    if choice.weights and kind not in ("file", "timm"):
+        raise UsageError(f"weights: {choice.weights}: only FILE.py:BUILDER and timm: models take --weights; {choice.model} brings its own")
+    body, source, preprocess, classes = RESOLVERS[kind](choice, items, self_width, job)
+    body.eval()
+    example = torch.zeros(2, 3, *preprocess.size)
+    try:
+        classifier = find_classifier(body, torch.rand(example.shape, generator=torch.Generator().manual_seed(0)))
+        wants = choice.output if choice.output != "auto" else _output_kind(kind, classes, classifier, job)
+        if wants == "logits" and classifier is None:
+            raise ModelError(f"{choice.model}: no linear layer gives its output, so there are no logits; use --output embedding")
+        built = Network(body, classifier if wants == "logits" else None).eval()
+        with torch.no_grad():
+            _, logits = built(example)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{choice.model}: does not run on images {tuple(example.shape)}: {type(error).__name__}: {error}; check --input-size") from error
+    if logits is None:
+        classes = ()
+    elif classes and len(classes) != logits.shape[1]:
+        raise ModelError(f"{choice.model}: names {len(classes)} classes and returns {logits.shape[1]} logits; make them equal")
+    elif not classes:
+        classes = tuple(f"class {index}" for index in range(logits.shape[1]))
+    return Model(
+        source=source | {"classifier": built.classifier},
+        state=built.state_dict(),
+        preprocess=preprocess,
+        classes=classes,
+        parameters=count_parameters(built),
+        macs=count_macs(built, example),
+        lineage=(f"source {choice.model}" + (f" with weights {choice.weights}" if choice.weights else ""),),
+    )
+
+
+def _output_kind(kind: str, classes: tuple[str, ...], classifier: str | None, job: Job) -> str:
+    if kind == "self" or not (classes or (kind == "file" and classifier)):
+        return "embedding"
+    if not classes:
+        job.say("the builder's file names no CLASSES; its last linear layer is taken as class logits (--output embedding if it is not)")
+    return "logits"
+
+
+def network(model: Model) -> Network:
+    """The torch network of a record: graph from its source, cuts replayed, weights loaded; evaluation mode."""
+    body = BUILDERS[model.source["kind"]](model.source).eval()
+    built = Network(body, model.source["classifier"])
+    if model.cuts:
+        from attar.compress.prune import replay
+
+        replay(built, model.cuts, torch.zeros(1, 3, *model.preprocess.size))
+    for key, value in model.state.items():  # repair gives a bias to layers that had none
+        owner, _, leaf = key.rpartition(".")
+        if leaf == "bias" and built.get_submodule(owner).bias is None:
+            built.get_submodule(owner).bias = nn.Parameter(value.clone())
+    built.load_state_dict(dict(model.state))
+    return built.eval()
+
+
+Resolved = tuple[nn.Module, dict[str, Any], Preprocess, tuple[str, ...]]
+
+
+def _resolve_self(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Resolved:
+    short = int(np.median(np.minimum(items.column("width"), items.column("height"))))
+    side = choice.input_size or input_side(short)
+    torch.manual_seed(job.seed)
+    source = {"kind": "self", "side": side, "width": self_width}
+    origin = "--input-size" if choice.input_size else f"sized to the images (median shorter side {short} px)"
+    mean, std = choice.mean or (0.5,) * 3, choice.std or (0.25,) * 3
+    return _build_self(source), source, Preprocess(size=(side, side), resize_shortest=side, mean=mean, std=std, origin=origin), ()
+
+
+def _build_self(source: Mapping[str, Any]) -> nn.Module:
+    return Encoder(source["side"], source["width"])
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers", "hf", "an hf: model") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _resolve_hf(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Resolved:
+    transformers, name = _transformers(), choice.model[3:]
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        classifies = any("ForImageClassification" in architecture for architecture in config.architectures or [])
+        classifies = classifies and choice.output != "embedding"
+        kind = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+        body = kind.from_pretrained(name, dtype=torch.float32)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"hf:{name}: cannot be loaded ({reason}); expected a folder with config.json and model.safetensors as save_pretrained "
+            "writes it, or a hub id that this machine can reach"
+        ) from error
+    labels = config.id2label if classifies else {}
+    classes = tuple(str(labels[index]) for index in sorted(labels))
+    source = {"kind": "hf", "classifies": classifies, "config": config.to_dict()}
+    return body, source, from_hub_config(name, choice), classes
+
+
+def _build_hf(source: Mapping[str, Any]) -> nn.Module:
+    transformers = _transformers()
+    config = transformers.AutoConfig.for_model(**source["config"])
+    kind = transformers.AutoModelForImageClassification if source["classifies"] else transformers.AutoModel
+    return kind.from_config(config)
+
+
+def _resolve_timm(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Resolved:
+    name = choice.model[5:]
+    source = {"kind": "timm", "name": name}
+    try:
+        import timm
+    except (ImportError, RuntimeError):  # a torchvision that does not match torch fails with RuntimeError
+        raise MissingExtra("timm", "timm", "a timm: model") from None
+    try:
+        body = timm.create_model(name, pretrained=choice.weights is None)
+    except Exception as error:
+        raise ModelError(f"timm:{name}: cannot be built ({error}); timm.list_models() names the known ones") from error
+    if choice.weights:
+        files.load_into(body, Path(choice.weights))
+    data = timm.data.resolve_model_data_config(body)
+    side = choice.input_size or data["input_size"][1]
+    preprocess = Preprocess(
+        size=(side, side),
+        resize_shortest=int(side / data["crop_pct"]),
+        mean=choice.mean or tuple(data["mean"]),
+        std=choice.std or tuple(data["std"]),
+        resample=data["interpolation"],
+        origin=f"timm's data config of {name}",
+    )
+    labels = (body.pretrained_cfg or {}).get("label_names") or ()
+    count = getattr(body, "num_classes", 0)
+    return body, source, preprocess, tuple(labels) or tuple(f"class {index}" for index in range(count))
+
+
+def _build_timm(source: Mapping[str, Any]) -> nn.Module:
+    import timm
+
+    return timm.create_model(source["name"], pretrained=False)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; the model source is FILE.py:BUILDER")
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path}: raised {type(error).__name__} when imported: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _call_builder(path: Path, name: str) -> tuple[nn.Module, ModuleType]:
+    module = _load_file(path)
+    builder = getattr(module, name, None)
+    if not callable(builder):
+        near = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", None) == module.__name__]
+        raise ModelError(f"{path}: has no builder {name!r}; it defines {', '.join(near) or 'no functions'}")
+    try:
+        body = builder()
+    except Exception as error:
+        raise ModelError(f"{path}:{name}: the builder raised {type(error).__name__}: {error}; it must return the model when called without arguments") from error
+    if not isinstance(body, nn.Module):
+        raise ModelError(f"{path}:{name}: the builder returned {type(body).__name__}; expected a torch.nn.Module")
+    return body, module
+
+
+def _resolve_file(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Resolved:
+    path, name = choice.model.rsplit(":", 1)
+    torch.manual_seed(job.seed)
+    body, module = _call_builder(Path(path), name)
+    if choice.weights:
+        files.load_into(body, Path(choice.weights))
+    else:
+        job.say(f"no --weights given: {name} keeps the values its builder gives it")
+    sizes = Counter(zip(items.column("height").tolist(), items.column("width").tolist()))
+    preprocess, said = from_flags(choice, module, sizes)
+    if said:
+        job.say(said)
+    source = {"kind": "file", "path": str(Path(path).resolve()), "builder": name}
+    return body, source, preprocess, tuple(str(label) for label in getattr(module, "CLASSES", ()))
+
+
+def _build_file(source: Mapping[str, Any]) -> nn.Module:
+    return _call_builder(Path(source["path"]), source["builder"])[0]
+
+
+RESOLVERS: dict[str, Callable[..., Resolved]] = {"self": _resolve_self, "hf": _resolve_hf, "timm": _resolve_timm, "file": _resolve_file}
+BUILDERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "self": _build_self,
+    "hf": _build_hf,
+    "timm": _build_timm,
+    "file": _build_file,
+}
+
+
+def example_input(model: Model, count: int = 1) -> Tensor:
+    """Zeros in the shape of a model's input, (count, 3, height, width)."""
+    return torch.zeros(count, 3, *model.preprocess.size)
