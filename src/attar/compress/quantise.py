@@ -1,0 +1,51 @@
+"""int8: a float32 ONNX file becomes one with 8-bit activations and 7-bit weights, calibrated on unlabelled items.
+
+Weights use 7 bits (`reduce_range`): processors without VNNI add pairs of products in 16 bits, which saturates with full-range weights
+and silently changes the results. Cluster head and shape arithmetic stay in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+
+class _Batches(CalibrationDataReader):
+    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+        self._left: Iterator[np.ndarray] = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._left, None)
+        return None if batch is None else {"image": batch}
+
+
+def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
+    """Writes the int8 version of an ONNX file; `batches` are normalised float32 (n, 3, height, width)."""
+    logging.getLogger().setLevel(logging.ERROR)  # the library advises on the root logger at every call
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        head = [node.name for node in onnx.load(prepared).graph.node if "/head/" in node.name]
+        quantize_static(
+            str(prepared),
+            str(Path(folder) / "int8.onnx"),
+            _Batches(batches),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=head,
+            calibrate_method=CalibrationMethod.MinMax,
+            # one set of intermediate outputs at a time: otherwise those of all batches are held in memory
+            extra_options={"CalibMaxIntermediateOutputs": 1},
+        )
+        shutil.copyfile(Path(folder) / "int8.onnx", target)

@@ -1,0 +1,424 @@
+"""evaluate: what the student keeps of the original and what it costs, on the untouched test split, each figure with its interval.
+
+Two passes are all it takes: every test item goes once through both files (decoded once, resumable by shard), and both
+files take turns at batch 1 in a process of their own. Labels are read here and nowhere else, and only to judge.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+
+from attar import runtime, stats
+from attar.config import Evaluate
+from attar.errors import DataError, UsageError
+from attar.modalities.image import Loader
+from attar.records import Candidate, Clusters, Evidence, Figure, Front, Items, Model, Preprocess, Selection
+from attar.workspace import Job
+
+BATCH = 32
+SHARD = 1024  # test items between two saves
+SAMPLE = 10_000  # test items whose embeddings are kept for the neighbour figures: bounds their memory and time
+ROUNDS = 30
+REPEATS = 1000
+SMALLEST_CLUSTER = 5  # items; the worst of smaller clusters is mostly chance
+
+
+class Decisions(NamedTuple):
+    """What both files say about the test items; the mappings have the keys original and student."""
+
+    ids: np.ndarray  # (n,)
+    top: Mapping[str, np.ndarray]  # (n,) class of the largest logit; empty for encoders
+    cluster: Mapping[str, np.ndarray]  # (n,) most probable cluster
+    cosine: np.ndarray  # (n,) between the two embeddings; NaN where their widths differ
+    sample: np.ndarray  # (m,) positions in ids whose embeddings are kept
+    embedding: Mapping[str, np.ndarray]  # (m, d) float32
+
+
+class Findings(NamedTuple):
+    figures: list[Figure]
+    notes: list[str]
+
+
+def evaluate(items: Items, clusters: Clusters, selection: Selection, model: Model, front: Front, settings: Evaluate, job: Job) -> Evidence:
+    """Every figure of original and student on the test items that are neither leaks nor duplicates.
+
+    Raises DataError when no test item is left, UsageError or DataError when the labels cannot be used.
+    """
+    ids, notes = _untouched(items, selection)
+    labels = None
+    if settings.labels:  # before the long part, so that a wrong file is told at once
+        labels, found = read_labels(items, settings.labels)
+        labels = labels[ids]
+        notes += [*found, f"{np.count_nonzero(labels)} of the {len(ids)} test items carry a label."]
+        if not np.any(labels):
+            raise DataError(
+                f"labels: {settings.labels}: none of the {len(ids)} test items is labelled; label some of them, or drop --labels"
+            )
+    seen = _decide(items, ids, model.preprocess, front, job)
+    per_cluster = _per_cluster(seen, clusters.count)
+    parts = [_agreement(seen, per_cluster), _embeddings(seen, settings.neighbours, job), _costs(front), _latency(front, job)]
+    if labels is not None:
+        parts += [_class_figures(seen, labels, model, job), _label_figures(seen, labels, settings.neighbours, job)]
+    figures = tuple(figure for part in parts for figure in part.figures)
+    notes += [note for part in parts for note in part.notes]
+    evidence = Evidence(figures=figures, per_cluster=tuple(per_cluster), notes=tuple(notes))
+    job.say(_headline(evidence, front.threads))
+    return evidence
+
+
+def _untouched(items: Items, selection: Selection) -> tuple[np.ndarray, list[str]]:
+    """Ids of the test items the figures may rest on: no near duplicate of a training item, none twice."""
+    ids = items.ids("test")
+    leak = selection.column("leak")[ids].astype(bool)
+    # Only duplicates: leaving out what curation found odd would flatter the figures.
+    twice = ~leak & np.array(["duplicate" in (reason or "") for reason in selection.column("reason")[ids]], bool)
+    left = ids[~leak & ~twice]
+    counts = f"{leak.sum()} near duplicates of training items and {twice.sum()} duplicates of other test items"
+    if len(left) == 0:
+        raise DataError(f"none of the {len(ids)} test items can be measured on, with {counts} set aside; add images, or raise test_share")
+    return left, [f"The figures rest on {len(left)} of {len(ids)} test items; {counts} were left out."]
+
+
+def _decide(items: Items, ids: np.ndarray, preprocess: Preprocess, front: Front, job: Job) -> Decisions:
+    """Runs both files on the items; a finished shard is not run again after an interruption."""
+    kept = np.zeros(len(ids), bool)
+    kept[job.rng("neighbours").choice(len(ids), SAMPLE, replace=False) if len(ids) > SAMPLE else slice(None)] = True
+    files = {"original": front.original.onnx, "student": front.student.onnx}
+    shards = []
+    label = "running original and student on the test split"
+    with Loader(items, preprocess, workers=job.workers) as loader, job.progress(len(ids), label) as bar:
+        for number, start in enumerate(range(0, len(ids), SHARD)):
+            part, keep = ids[start : start + SHARD], kept[start : start + SHARD]
+            stream = loader.stream(part[low : low + BATCH] for low in range(0, len(part), BATCH))
+            batches = runtime.run_batches(files, stream, preprocess, threads=front.threads)
+            shards.append(job.shard(number, functools.partial(_table, batches, keep, bar.update)))
+            bar.update(start + len(part) - bar.n)  # a shard that was kept from before
+    table = pa.concat_tables(shards)
+    pick = {name: table[name].to_numpy() for name in table.column_names if not name.endswith("embedding")}
+    embedding = {}
+    for of in files:
+        column = table[f"{of}_embedding"].combine_chunks()
+        embedding[of] = column.flatten().to_numpy().reshape(kept.sum(), -1)
+    top, cluster = ({of: pick[f"{of}_{kind}"] for of in files if f"{of}_{kind}" in pick} for kind in ("top", "cluster"))
+    return Decisions(pick["id"], top, cluster, pick["cosine"], np.flatnonzero(kept), embedding)
+
+
+def _table(
+    batches: Iterable[tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]], keep: np.ndarray, tick: Callable[[int], Any]
+) -> pa.Table:
+    """Decisions of one shard as a table; embeddings only where `keep` says so, empty lists elsewhere."""
+    parts = []
+    for ids, found in batches:
+        kept, keep = keep[: len(ids)], keep[len(ids) :]
+        columns: dict[str, Any] = {"id": ids}
+        for of, values in found.items():
+            if "logits" in values:
+                columns[f"{of}_top"] = values["logits"].argmax(axis=1)
+            columns[f"{of}_cluster"] = values["cluster_probabilities"].argmax(axis=1)
+            flat, width = values["embedding"][kept].ravel(), values["embedding"].shape[1]
+            offsets = np.concatenate([[0], np.cumsum(kept) * width]).astype(np.int64)
+            columns[f"{of}_embedding"] = pa.LargeListArray.from_arrays(offsets, pa.array(flat, pa.float32()))
+        original, student = (found[of]["embedding"] for of in ("original", "student"))
+        columns["cosine"] = stats.cosine(original, student) if original.shape == student.shape else np.full(len(ids), np.nan, np.float32)
+        parts.append(pa.table(columns))
+        tick(len(ids))
+    return pa.concat_tables(parts)
+
+
+def _share(name: str, of: str, hits: np.ndarray, what: str) -> Figure:
+    """The share of true hits (n,) with its Wilson interval."""
+    n, count = len(hits), int(np.count_nonzero(hits))
+    low, high = stats.wilson(count, n)
+    return Figure(name, of, count / n, low, high, n, "test", f"Wilson 95 %; {what}", "share")
+
+
+def _mean(name: str, of: str, values: np.ndarray, what: str, job: Job, unit: str = "share") -> Figure:
+    """The mean of values (n,) with its bootstrap interval."""
+    low, high = stats.bootstrap(values, job.rng(name, of), repeats=REPEATS)
+    return Figure(name, of, float(np.mean(values)), low, high, len(values), "test", f"bootstrap 95 %; {what}", unit)
+
+
+def _decision(seen: Decisions) -> tuple[Mapping[str, np.ndarray], str]:
+    return (seen.top, "same top-1 class as the original") if seen.top else (seen.cluster, "same most probable cluster as the original")
+
+
+def _per_cluster(seen: Decisions, count: int) -> list[dict[str, Any]]:
+    """Agreement in each cluster of the original's that test items fall in."""
+    decision, _ = _decision(seen)
+    rows = []
+    for cluster in range(count):
+        inside = seen.cluster["original"] == cluster
+        if inside.any():
+            value, low, high = stats.agreement(decision["original"][inside], decision["student"][inside])
+            rows.append({"cluster": cluster, "n": int(inside.sum()), "value": value, "low": low, "high": high})
+    return rows
+
+
+def _agreement(seen: Decisions, per_cluster: list[dict[str, Any]]) -> Findings:
+    decision, what = _decision(seen)
+    figures = [_share("agreement", "student", decision["original"] == decision["student"], what)]
+    large = [row for row in per_cluster if row["n"] >= SMALLEST_CLUSTER]
+    notes = []
+    if large:
+        worst = min(large, key=lambda row: row["value"])
+        method = f"Wilson 95 %; lowest of the {len(large)} clusters with at least {SMALLEST_CLUSTER} test items: cluster {worst['cluster']}"
+        bounds = (worst[key] for key in ("value", "low", "high", "n"))
+        figures.append(Figure("agreement_worst_cluster", "student", *bounds, "test", method, "share"))
+    else:
+        notes.append(f"agreement_worst_cluster was not measured: no cluster has {SMALLEST_CLUSTER} test items.")
+    same = seen.cluster["original"] == seen.cluster["student"]
+    figures.append(_share("cluster_agreement", "student", same, "same most probable cluster as the original"))
+    return Findings(figures, notes)
+
+
+def _among(seen: Decisions, count: int) -> str:
+    return f"{count} test items" + (f" drawn from {len(seen.ids)}" if len(seen.sample) < len(seen.ids) else "")
+
+
+def _embeddings(seen: Decisions, wanted: int, job: Job) -> Findings:
+    """How alike the two embeddings are: the same neighbours, the same direction."""
+    figures, notes, n = [], [], len(seen.sample)
+    k = min(wanted, n - 1)
+    if k > 0:
+        with job.progress(2 * n, "comparing neighbours") as bar:
+            overlap = stats.knn_overlap(seen.embedding["original"], seen.embedding["student"], k, bar.update)
+        figures.append(_mean("knn_overlap", "student", overlap, f"common share of the {k} nearest by cosine among {_among(seen, n)}", job))
+    else:
+        notes.append("knn_overlap was not measured: it needs at least two test items.")
+    if np.isnan(seen.cosine).any():
+        widths = " and ".join(str(value.shape[1]) for value in seen.embedding.values())
+        notes.append(f"embedding_cosine was not measured: the embeddings of original and student have different widths ({widths}).")
+    else:
+        figures.append(
+            _mean("embedding_cosine", "student", seen.cosine, "mean cosine similarity to the original's embedding", job, "index")
+        )
+    return Findings(figures, notes)
+
+
+def _costs(front: Front) -> Findings:
+    """Size of the files, parameters and multiply-accumulates; and their ratios."""
+    figures = []
+    for name, unit in (("size", "bytes"), ("parameters", "count"), ("macs", "count")):
+        values = {of: _cost(candidate, name) for of, candidate in (("original", front.original), ("student", front.student))}
+        figures += [Figure(name, of, value, value, value, 1, "", "count", unit) for of, value in values.items()]
+        ratio = values["student"] / max(values["original"], 1)
+        figures.append(Figure(f"{name}_ratio", "student", ratio, ratio, ratio, 1, "", "count; student / original", "ratio"))
+    return Findings(figures, [])
+
+
+def _cost(candidate: Candidate, name: str) -> float:
+    return float(candidate.onnx.stat().st_size if name == "size" else candidate.figures[name])
+
+
+def _latency(front: Front, job: Job) -> Findings:
+    """Milliseconds at batch 1; measured once, so that a resumed run keeps its figures."""
+    files = {"original": front.original.onnx, "student": front.student.onnx}
+
+    def measure() -> dict[str, list[float]]:
+        with job.progress(ROUNDS, "measuring latency", "rounds") as bar:
+            found = runtime.measure_latency(files, threads=front.threads, rounds=ROUNDS, seed=job.seed, progress=bar.update)
+        return {of: values.tolist() for of, values in found.items()}
+
+    found = job.once("latency.json", measure)
+    rounds = np.array([found[of] for of in files]).T
+    threads = f"{front.threads} thread{'s' if front.threads > 1 else ''}"
+    where = f"ONNX Runtime {onnxruntime.__version__} on the CPU, {threads}, batch 1, files in turn in a process of their own"
+    method = f"bootstrap 95 %; median of {len(rounds)} rounds; {where}"
+    figures = []
+    for of, values in zip(files, rounds.T):
+        bounds = stats.bootstrap(values, job.rng("latency", of), np.median, REPEATS)
+        figures.append(Figure("latency_ms", of, float(np.median(values)), *bounds, len(rounds), "", method, "ms"))
+    bounds = stats.bootstrap(rounds, job.rng("latency_ratio"), _median_ratio, REPEATS)
+    paired = method.replace("median", "median ratio, paired by round,")
+    figures.append(Figure("latency_ratio", "student", _median_ratio(rounds), *bounds, len(rounds), "", paired, "ratio"))
+    return Findings(figures, [])
+
+
+def _median_ratio(rounds: np.ndarray) -> float:
+    """Median of student / original over rounds (n, 2)."""
+    return float(np.median(rounds[:, 1] / rounds[:, 0]))
+
+
+def read_labels(items: Items, source: str) -> tuple[np.ndarray, list[str]]:
+    """Label of every item by id, (n,) strings, "" where it has none; and how well they matched, in words.
+
+    `source` is "folders" (the name of the folder an item lies in) or a .csv with the columns path and label; a path is
+    the item's own, its file name where only one item has it, or absolute. Raises UsageError when there is no such
+    file, DataError naming file and line when it cannot be understood or none of it matches.
+    """
+    paths = items.column("path")
+    if source == "folders":
+        labels = np.array([PurePosixPath(path.rpartition("::")[2]).parent.name for path in paths], object)
+        if not np.any(labels):
+            raise DataError(f"labels: folders: no item lies in a folder of its own (for example {paths[0]}); name a .csv with path,label")
+        return labels, [f"Labels are the names of the items' folders: {np.count_nonzero(labels)} of {len(paths)} items lie in one."]
+    labels, lines = np.full(len(paths), "", object), np.zeros(len(paths), np.int64)
+    find, missed, rows = _finder(items), [], 0
+    for line, path, label in _csv_rows(source):
+        rows += 1
+        if (at := find(path)) is None:
+            missed.append(f"{path} (line {line})")
+        elif labels[at] not in ("", label):
+            raise DataError(f"{source}, line {line}: {path} is {label!r}, but line {lines[at]} calls it {labels[at]!r}; keep one of them")
+        else:
+            labels[at], lines[at] = label, line
+    if not np.any(labels):
+        raise DataError(
+            f"{source}: none of its {rows} rows matches an item; the first path is {next(iter(missed), 'missing')}, an item's is {paths[0]}; "
+            "write paths relative to the data, file names that occur once, or absolute paths"
+        )
+    notes = [f"Labels from {source}: {rows} rows, {np.count_nonzero(labels)} of {len(paths)} items matched."]
+    if missed:
+        notes.append(f"{len(missed)} rows of {source} match no item, or several of that name, for example {missed[0]}.")
+    return labels, notes
+
+
+def _finder(items: Items) -> Callable[[str], int | None]:
+    """path → id by an item's path, absolute path or file name; None for an unknown path and for a name that occurs twice."""
+    root, paths = items.root, items.column("path")
+    base = root if os.path.isdir(root) else os.path.dirname(re.split(r"[*?[]", root)[0])
+    by_path = {path: number for number, path in enumerate(paths)}
+    by_name: dict[str, int | None] = {}
+    for number, path in enumerate(paths):
+        name = PurePosixPath(path.rpartition("::")[2]).name
+        by_name[name] = None if name in by_name else number
+
+    def find(path: str) -> int | None:
+        for known in (path, os.path.relpath(path, base) if os.path.isabs(path) else os.path.normpath(path)):
+            if known in by_path:
+                return by_path[known]
+        return by_name.get(os.path.basename(path))
+
+    return find
+
+
+def _csv_rows(source: str) -> Iterable[tuple[int, str, str]]:
+    """Line, path and label of every row of a .csv."""
+    if not Path(source).is_file():
+        raise UsageError(f'labels: {source}: no such file; name a .csv with the columns path,label, or write "folders"')
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if not {"path", "label"} <= set(reader.fieldnames or ()):
+                raise DataError(f"{source}, line 1: the columns are {','.join(reader.fieldnames or ['none'])}; expected path,label")
+            for row in reader:
+                path, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+                if not path or not label:
+                    missing = "label" if path else "path"
+                    raise DataError(f"{source}, line {reader.line_num}: no {missing}; expected path,label; complete or delete the line")
+                yield reader.line_num, path, label
+    except OSError as error:
+        raise UsageError(f"labels: {source}: cannot be read ({error.strerror}); make it readable") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{source}: is not a readable UTF-8 .csv ({error}); save it as UTF-8 with the columns path,label") from None
+
+
+def _class_figures(seen: Decisions, labels: np.ndarray, model: Model, job: Job) -> Findings:
+    """Accuracy, precision, recall and F1 against the labels, where they are the model's class names."""
+    if not seen.top or not model.classes:
+        return Findings([], ["accuracy, precision, recall and F1 were not measured: the model has no classes."])
+    index = {name.strip().casefold(): number for number, name in enumerate(model.classes)}
+    names = sorted({label for label in labels if label})
+    known = [name for name in names if name.casefold() in index]
+    unknown = [name for name in names if name.casefold() not in index]
+    if len(known) < len(names) / 2:
+        examples = f"labels such as {', '.join(unknown[:3])}; classes such as {', '.join(model.classes[:3])}"
+        why = f"only {len(known)} of {len(names)} labels are class names of the model ({examples})"
+        return Findings([], [f"accuracy, precision, recall and F1 were not measured: {why}."])
+    truth = np.array([index.get(label.casefold(), -1) if label else -1 for label in labels])
+    judged = truth >= 0
+    notes = []
+    if unknown:
+        left = np.count_nonzero(labels) - judged.sum()
+        notes.append(
+            f"{left} labelled test items were not judged: {', '.join(unknown[:3])} … ({len(unknown)} labels) are no classes of the model."
+        )
+    truth, top = truth[judged], {of: values[judged] for of, values in seen.top.items()}
+    figures = [_share("accuracy", of, values == truth, "top-1 class is the label") for of, values in top.items()]
+    gain = (top["student"] == truth).astype(float) - (top["original"] == truth)
+    figures.append(_mean("accuracy_difference", "student", gain, "student − original, paired by item", job))
+    for of, values in top.items():
+        figures += _class_scores(of, truth, values, model.classes, job)
+    return Findings(figures, notes)
+
+
+def _class_scores(of: str, truth: np.ndarray, top: np.ndarray, classes: tuple[str, ...], job: Job) -> list[Figure]:
+    """Precision, recall and F1: macro, then of each class that a test item carries."""
+    table = stats.crossing(truth, top, (len(classes), len(classes)))
+    scores = stats.class_scores(table, table.counts)
+    draws = np.stack([stats.class_scores(table, counts) for counts in stats.resample(table, job.rng("classes", of), REPEATS)])
+    support = np.bincount(truth, minlength=len(classes))
+    present = np.flatnonzero(support)
+    macro, each = [], []
+    for number, name in enumerate(("precision", "recall", "f1")):
+        value, bounds = float(scores[number, present].mean()), stats.quantiles(np.nanmean(draws[:, number, present], axis=1))
+        method = f"bootstrap 95 %; mean over the {len(present)} classes that labelled test items have"
+        macro.append(Figure(name, of, value, *bounds, len(truth), "test", method, "share"))
+        for one in present:
+            bounds = stats.quantiles(draws[:, number, one])
+            each.append(
+                Figure(
+                    f"{name}[{classes[one]}]", of, float(scores[number, one]), *bounds, int(support[one]), "test", "bootstrap 95 %", "share"
+                )
+            )
+    return macro + each
+
+
+def _label_figures(seen: Decisions, labels: np.ndarray, wanted: int, job: Job) -> Findings:
+    """How well clusters and neighbours follow the labels, for any model."""
+    labelled = labels != ""
+    names, codes = np.unique(labels[labelled].astype(str), return_inverse=True)
+    if len(names) < 2:
+        return Findings([], [f"clustering and nearest-neighbour figures were not measured: every labelled test item is {names[0]!r}."])
+    figures, notes = [], []
+    inside = np.flatnonzero(labelled[seen.sample])  # rows of the kept embeddings whose item is labelled
+    truth = np.searchsorted(names, labels[seen.sample[inside]].astype(str))
+    k = min(wanted, len(inside) - 1)
+    with job.progress(2 * REPEATS, "clusters against labels", "resamples") as bar:
+        for of, clusters in seen.cluster.items():
+            figures += _cluster_scores(of, codes, clusters[labelled], len(names), job, bar.update)
+    if k < 1:
+        return Findings(figures, ["knn_accuracy was not measured: it needs two labelled items."])
+    with job.progress(2 * len(inside), "neighbours against labels") as bar:
+        for of, embedding in seen.embedding.items():
+            voted = stats.knn_vote(truth, stats.neighbours(embedding[inside], k, bar.update))
+            what = f"leave-one-out vote of the {k} nearest by cosine among {_among(seen, len(inside))}"
+            figures.append(_share("knn_accuracy", of, voted == truth, what))
+    return Findings(figures, notes)
+
+
+def _cluster_scores(of: str, codes: np.ndarray, clusters: np.ndarray, labels: int, job: Job, tick: Callable[[int], Any]) -> list[Figure]:
+    table = stats.crossing(codes, clusters)
+    values, draws = stats.cluster_scores(table, table.counts), []
+    for counts in stats.resample(table, job.rng("clusters", of), REPEATS):
+        draws.append(stats.cluster_scores(table, counts))
+        tick(1)
+    method = f"value ± 1.96 bootstrap standard errors; most probable cluster against {labels} labels"
+    figures = []
+    for name, value, column, floor in zip(("clustering_acc", "nmi", "ari"), values, np.array(draws).T, (0, 0, -1)):
+        bounds = stats.spread(float(value), column, floor)
+        figures.append(
+            Figure(name, of, float(value), *bounds, len(codes), "test", method, "share" if name == "clustering_acc" else "index")
+        )
+    return figures
+
+
+def _headline(evidence: Evidence, threads: int) -> str:
+    agreement, size, latency = (evidence.get(name) for name in ("agreement", "size_ratio", "latency_ratio"))
+    before, after = (evidence.get("latency_ms", of) for of in ("original", "student"))
+    assert agreement and size and latency and before and after
+    return (
+        f"student agrees with the original on {agreement.value:.1%} (95 % interval {agreement.low:.1%} to {agreement.high:.1%}) of {agreement.n} "
+        f"untouched test items, at {size.value:.2f}x its size and {latency.value:.2f}x its latency "
+        f"({before.value:.2f} → {after.value:.2f} ms, {threads} thread{'s' if threads > 1 else ''})"
+    )

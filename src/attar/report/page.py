@@ -1,0 +1,116 @@
+"""The report: one page that opens from disk with no network and says what came out, from what, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from attar.records import Clusters, Evidence, Export, Front, Items, Model, Page, Policy, Selection, Vectors
+from attar.report import charts, folder, origin, pictures, result, words
+from attar.workspace import Job
+
+HERE = Path(__file__).parent
+TINY = 64  # pixels; smaller images are enlarged with sharp edges
+
+
+def report(
+    items: Items,
+    vectors: Vectors,
+    clusters: Clusters,
+    selection: Selection,
+    policy: Policy,
+    model: Model,
+    front: Front,
+    evidence: Evidence,
+    export: Export,
+    settings: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    job: Job,
+) -> Page:
+    """The page of a finished run: what you get, from what, how it was made, and how sure each figure is.
+
+    `settings` is name → value; `history` has one {"stage", "seconds", "notes"} per stage, in the order of the spine.
+    The same records give the same bytes: nothing on the page tells the time it was written at.
+    """
+    classes = bool(model.classes)
+    text = result.sentence(front, evidence, classes)
+    body = {
+        "sentence": result.emphasised(text),
+        "root": words.plain(items.root),
+        "front": front,
+        "keys": result.keys(front, evidence, classes),
+        "folder": folder.section(items, vectors, clusters, selection),
+        **_pictured(items, vectors, clusters, selection, policy, model, job),
+        "dials": dials(policy),
+        "policy": policy,
+        "policy_evidence": [words.measurement(row) for row in policy.evidence[:40]],
+        "pareto": result.pareto(front),
+        "candidates": result.candidates(front),
+        "changes": result.changes(front, evidence),
+        "per_cluster": result.per_cluster(evidence),
+        "overall": evidence.get("agreement"),
+        "notes": evidence.notes,
+        "checks": result.checks(export.checks),
+        **_use(items, export),
+        "settings": origin.settings(settings),
+        "seed": job.seed,
+        "versions": origin.versions(front, export),
+        "stages": origin.stages(history),
+        "lineage": front.student.model.lineage,
+    }
+    return Page(html=_environment().get_template("template.html").render(body), sentence=text)
+
+
+def _pictured(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection, policy: Policy, model: Model, job: Job) -> dict[str, Any]:
+    """Everything that shows photos; each file is opened once."""
+    spots = folder.spots(vectors, clusters, job)
+    paired, strange, leaked = folder.pairs_to_show(selection), folder.strangest(clusters), folder.leaked(selection)[: folder.SHOWN]
+    others = [
+        *selection.column("id")[paired],
+        *selection.column("witness")[paired],
+        *clusters.column("id")[strange],
+        *leaked,
+    ]
+    album = pictures.Album(items)
+    with pictures.opened(items, model.preprocess, job.workers) as loader:
+        wanted = pictures.wanted(pictures.members(clusters, selection), clusters.medoids, others, spots.ids[spots.pictured])
+        album.load(loader, wanted, job)
+        views = pictures.augmented(loader, items, clusters, policy, album.missing, job)
+    return {
+        "map": folder.draw_map(spots, album, len(items)),
+        "galleries": pictures.galleries(clusters, selection, album),
+        "pairs": folder.pairs(selection, paired, album),
+        "outliers": folder.outliers(clusters, selection, strange, album),
+        "leaked": [album.photo(item) for item in leaked],
+        "missing": len(album.missing),
+        "tiny": bool(np.median(np.maximum(items.column("width"), items.column("height"))) < TINY),
+        "views": views,
+    }
+
+
+def dials(policy: Policy) -> dict[str, Any]:
+    """Strength and frequency of each family: for any item, and per cluster where they differ."""
+    rows = [("all", policy.families), *((str(number), families) for number, families in enumerate(policy.clusters))]
+    names = list(dict.fromkeys(name for _, families in rows for name in families))
+    return {"names": names, "rows": [(label, [families.get(name) for name in names]) for label, families in rows]}
+
+
+def _use(items: Items, export: Export) -> dict[str, str]:
+    """The code and the command, with the run's own paths in them."""
+    root = Path(items.root)
+    files = [str(root / items.column("path")[0])] if root.is_dir() else ["photo.jpg"]
+    return {"snippet": origin.snippet(str(export.onnx), files), "command": origin.command(str(export.onnx.parent), files)}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"plain": words.plain, "middle": words.middle, "percent": words.percent, "hue": charts.hue, "label": words.label}
+    environment.globals |= {"style": Markup((HERE / "style.css").read_text("utf-8")), "script": Markup((HERE / "page.js").read_text("utf-8"))}
+    return environment

@@ -1,0 +1,228 @@
+"""How sure a figure is, and the label-free and labelled scores that need no model: pure kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+from scipy.optimize import linear_sum_assignment
+
+BLOCK_BYTES = 64 << 20  # of the similarity block the neighbour search holds
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a share: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = successes / n.
+
+    Keeps its coverage near 0 and 1 and at small n (Wilson 1927; Brown, Cai and DasGupta 2001). n = 0 says nothing: (0, 1).
+
+    >>> [round(bound, 3) for bound in wilson(98, 100)]
+    [0.93, 0.994]
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}; expected 0 to n")
+    if n == 0:
+        return 0.0, 1.0
+    z = _z(confidence)
+    p, q = successes / n, z * z / n
+    half = z * np.sqrt(p * (1 - p) / n + q / (4 * n))
+    low, high = ((p + q / 2 + side * half) / (1 + q) for side in (-1, 1))
+    # At the ends the bound is exactly 0 or 1; rounding would leave 1e−18.
+    return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Share of items two models decide alike, with its Wilson interval: a, b (n,) decisions → (share, low, high).
+
+    >>> agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 0]))[0]
+    0.75
+    """
+    _same_length(a, b)
+    equal = int(np.count_nonzero(np.asarray(a) == np.asarray(b)))
+    return (equal / len(a), *wilson(equal, len(a)))
+
+
+def bootstrap(
+    rows: np.ndarray,
+    rng: np.random.Generator,
+    statistic: Callable[[np.ndarray], float] = np.mean,
+    repeats: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic over rows (n, …): its quantiles over resamples of the rows (Efron 1979).
+
+    Rows are drawn whole, so that paired columns stay paired.
+
+    >>> low, high = bootstrap(np.arange(100.0), np.random.default_rng(0))
+    >>> 40 < low < 49.5 < high < 60
+    True
+    """
+    rows = np.asarray(rows)
+    if len(rows) == 0:
+        raise ValueError("no rows to resample; expected at least one")
+    draws = np.array([statistic(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(repeats)])
+    return quantiles(draws, confidence)
+
+
+def quantiles(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The central share of bootstrap draws (repeats,); NaN draws (an undefined statistic) are left out."""
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def spread(value: float, draws: np.ndarray, floor: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Normal interval with the bootstrap's standard error, value ± z·sd(draws), within [floor, 1] (Efron and Tibshirani 1993, §13.3).
+
+    For scores a resample inflates (its repeated items look like structure), whose quantiles can miss the value itself.
+    """
+    half = _z(confidence) * float(np.std(draws, ddof=1))
+    return max(floor, value - half), min(1.0, value + half)
+
+
+def neighbours(x: Float[np.ndarray, "n d"], k: int, tick: Callable[[int], object] | None = None) -> Int[np.ndarray, "n k"]:
+    """Indices (n, k) of the k rows of x (n, d) with the highest cosine similarity to each row, itself left out; best first.
+
+    Works in blocks of rows: memory n × d + BLOCK_BYTES. `tick` is called with the rows done after each block.
+    """
+    n = len(x)
+    if not 1 <= k < n:
+        raise ValueError(f"{k} neighbours of {n} items; expected 1 to n − 1")
+    unit = x.astype(np.float32)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    found = np.empty((n, k), np.int64)
+    size = max(1, BLOCK_BYTES // (4 * n))
+    for start in range(0, n, size):
+        similarity = unit[start : start + size] @ unit.T
+        rows = np.arange(len(similarity))
+        similarity[rows, start + rows] = -np.inf
+        best = np.argpartition(similarity, n - k, axis=1)[:, n - k :]
+        best.sort(axis=1)  # equal similarities come in index order, whatever order the partition left
+        order = np.argsort(-np.take_along_axis(similarity, best, axis=1), axis=1, kind="stable")
+        found[start : start + size] = np.take_along_axis(best, order, axis=1)
+        if tick:
+            tick(len(rows))
+    return found
+
+
+def knn_overlap(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n e"], k: int, tick: Callable[[int], object] | None = None
+) -> Float[np.ndarray, "n"]:
+    """Share of each item's k nearest neighbours (cosine) that two embeddings have in common, 0 … 1.
+
+    |N_a(i) ∩ N_b(i)| / k; unchanged by rotation and scaling of either embedding.
+
+    >>> x = np.eye(4) + 0.1 * np.arange(4)
+    >>> knn_overlap(x, 3 * x, 2).tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    _same_length(a, b)
+    both = np.concatenate([neighbours(x, k, tick) for x in (a, b)], axis=1)
+    both.sort(axis=1)  # each side names an index once, so equal indices lie side by side
+    return np.count_nonzero(both[:, 1:] == both[:, :-1], axis=1) / k
+
+
+def cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n"]:
+    """Cosine similarity of paired rows, −1 … 1; 0 where a row is zero.
+
+    >>> cosine(np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[2.0, 0.0], [1.0, -1.0]])).tolist()
+    [1.0, 0.0]
+    """
+    return (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+
+
+def knn_vote(labels: Int[np.ndarray, "n"], near: Int[np.ndarray, "m k"]) -> Int[np.ndarray, "m"]:
+    """Leave-one-out k-nearest-neighbour decision: the most frequent label among the neighbours; the nearer wins a tie.
+
+    `near` holds row numbers of `labels`, nearest first, as `neighbours` gives them.
+    """
+    votes = labels[near]
+    counts = np.zeros(votes.shape, np.int64)  # how often each neighbour's label occurs among all of them
+    for column in votes.T:
+        counts += votes == column[:, None]
+    first = np.argmax(counts, axis=1)  # the first of the largest: neighbours come nearest first
+    return np.take_along_axis(votes, first[:, None], axis=1)[:, 0]
+
+
+class Crossing(NamedTuple):
+    """A table of two decisions over the same items, by its filled cells: item counts never need the full table."""
+
+    rows: np.ndarray  # (m,) first decision of each cell
+    columns: np.ndarray  # (m,) second decision
+    counts: np.ndarray  # (m,) items
+    shape: tuple[int, int]
+
+    def dense(self, counts: np.ndarray) -> np.ndarray:
+        table = np.zeros(self.shape)
+        table[self.rows, self.columns] = counts
+        return table
+
+
+def crossing(a: Int[np.ndarray, "n"], b: Int[np.ndarray, "n"], shape: tuple[int, int] | None = None) -> Crossing:
+    """Counts of every pair of decisions that occurs; decisions are numbered from 0."""
+    _same_length(a, b)
+    shape = shape or (int(a.max()) + 1, int(b.max()) + 1)
+    cells, counts = np.unique(np.asarray(a, np.int64) * shape[1] + b, return_counts=True)
+    return Crossing(cells // shape[1], cells % shape[1], counts, shape)
+
+
+def resample(table: Crossing, rng: np.random.Generator, repeats: int = 1000) -> Int[np.ndarray, "repeats cells"]:
+    """Cell counts of bootstrap resamples of the items: a multinomial draw, the same as drawing the items and counting."""
+    n = table.counts.sum()
+    return rng.multinomial(n, table.counts / n, size=repeats)
+
+
+def class_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[np.ndarray, "3 classes"]:
+    """Precision, recall and F1 of every class from truth × prediction counts.
+
+    precision = tp / predicted (0 when never predicted), recall = tp / true, F1 = 2·tp / (true + predicted);
+    NaN for a class with no true item. The macro score is the mean over the classes that have one.
+    """
+    size = max(table.shape)
+    true, predicted = (np.bincount(side, counts, size) for side in (table.rows, table.columns))
+    hit = np.bincount(table.rows, counts * (table.rows == table.columns), size)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scores = np.stack([np.where(predicted > 0, hit / predicted, 0.0), hit / true, 2 * hit / (true + predicted)])
+    scores[:, true == 0] = np.nan
+    return scores
+
+
+def cluster_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[np.ndarray, "3"]:
+    """Clustering accuracy, normalised mutual information and adjusted Rand index from label × cluster counts.
+
+    ACC: share of items on the best one-to-one matching of clusters to labels (Hungarian; Yang et al. 2010).
+    NMI: I(L; C) / ((H(L) + H(C)) / 2) (Strehl and Ghosh 2002). ARI: Hubert and Arabie 1985, equations 2 and 5.
+    From counts rather than items, so that a thousand resamples cost what one pass over the items does.
+    """
+    dense = table.dense(counts)
+    n, rows, columns = dense.sum(), dense.sum(axis=1), dense.sum(axis=0)
+    matched = dense[linear_sum_assignment(dense, maximize=True)].sum()
+    entropies = [-(p[p > 0] / n * np.log(p[p > 0] / n)).sum() for p in (rows, columns, dense.ravel())]
+    mean = (entropies[0] + entropies[1]) / 2
+    mutual = max(0.0, entropies[0] + entropies[1] - entropies[2])
+    pairs = [(p * (p - 1) / 2).sum() for p in (dense.ravel(), rows, columns)]
+    expected, largest = (pairs[1] * pairs[2] / max(n * (n - 1) / 2, 1)), (pairs[1] + pairs[2]) / 2
+    rand = 1.0 if largest == expected else (pairs[0] - expected) / (largest - expected)
+    return np.array([matched / n, mutual / mean if mean > 0 else 1.0, rand])
+
+
+def clustering_accuracy(labels: Int[np.ndarray, "n"], clusters: Int[np.ndarray, "n"]) -> float:
+    """Share of items on the best one-to-one matching of clusters to labels, both numbered from 0.
+
+    >>> clustering_accuracy(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1]))
+    0.75
+    """
+    table = crossing(labels, clusters)
+    return float(cluster_scores(table, table.counts)[0])
+
+
+def _z(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence}; expected above 0, below 1")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _same_length(a: np.ndarray, b: np.ndarray) -> None:
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"{len(a)} and {len(b)} rows; expected as many, at least one")

@@ -1,0 +1,283 @@
+"""Training loops on unlabelled items: contrastive (learn an encoder) and distillation (follow an original).
+
+Both are exact under interruption: a step's batch and augmentation depend on the seed and the step number alone, and a
+checkpoint holds weights, optimiser and step, so a resumed run takes the same steps as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attar import config
+from attar.augment.engine import augment, normalise
+from attar.cluster import refit_head
+from attar.errors import ModelError
+from attar.modalities.image import Loader
+from attar.models import sources
+from attar.models.network import Network
+from attar.models.objectives import distillation, effective_rank, nt_xent
+from attar.records import Clusters, Items, Model, Policy, Preprocess, Selection, Vectors
+from attar.workspace import Job
+
+CHECKPOINT_SECONDS = 20.0
+PATIENCE = 6
+"""Looks at the validation loss without an improvement of MARGIN after which training has reached its plateau."""
+MARGIN = 0.003
+
+
+def batches(ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator], share: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Ids of the batch of each step: without `share` by epochs of a fresh permutation, with it drawn in proportion to it."""
+    per_epoch, epoch, order = max(1, len(ids) // size), -1, ids
+    for step in steps:
+        if share is not None:
+            yield draw(step).choice(ids, min(size, len(ids)), p=share)
+            continue
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = draw(epoch).permutation(ids)
+        place = step % per_epoch * size
+        yield order[place : place + size]
+
+
+Stream = Callable[[range], Iterator[tuple[int, np.ndarray, np.ndarray]]]
+"""For a range of steps: step, ids and uint8 images (n, height, width, 3) of its batch."""
+
+
+def _loop(
+    modules: nn.ModuleDict,
+    rate: float,
+    steps: int,
+    stream: Stream,
+    loss_of: Callable[[int, np.ndarray, np.ndarray], Tensor],
+    look: Callable[[], dict[str, float]],
+    job: Job,
+    label: str,
+) -> tuple[dict[str, float], ...]:
+    """Takes the steps with AdamW under a cosine rate after a short warm-up, from the last checkpoint if there is one, to the end or a plateau.
+
+    `look` measures on held-out items forty times in a training; its figures, with step and loss, are the curve that is returned.
+    Raises ModelError when the loss is not finite.
+    """
+    name, optimiser = f"{label.replace(' ', '-')}.pt", _optimiser(modules, rate)
+    kept: dict[str, Any] = job.recall(name) or {"step": 0, "curve": []}
+    if "modules" in kept:
+        modules.load_state_dict(kept["modules"])
+        optimiser.load_state_dict(kept["optimiser"])
+    start, curve, saved = kept["step"], list(kept["curve"]), time.monotonic()
+    every, warm = max(5, steps // 40), max(1, min(100, steps // 10))
+    with job.progress(steps, label, "steps", done=start) as bar:
+        for step, ids, images in stream(range(start, steps) if not _plateau(curve) else range(0)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss = loss_of(step, ids, images)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
+            optimiser.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ModelError(f"{label}: the loss is {value} at step {step}; the model or its preprocessing (--mean, --std) is not sane")
+            bar.update(1)
+            if (step + 1) % every == 0 or step + 1 == steps:
+                curve.append({"step": step + 1, "loss": round(value, 5)} | look())
+                bar.set_postfix({key: f"{figure:.3f}" for key, figure in curve[-1].items() if key != "step"}, refresh=False)
+            done = _plateau(curve) or step + 1 == steps
+            if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                job.remember(name, {"step": step + 1, "curve": curve, "modules": modules.state_dict(), "optimiser": optimiser.state_dict()})
+                saved = time.monotonic()
+            if done:
+                break
+    return tuple(curve)
+
+
+def _plateau(curve: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the last PATIENCE looks brought no validation loss better than the best before them by the share MARGIN."""
+    losses = [seen["validation_loss"] for seen in curve]
+    return len(losses) > 2 * PATIENCE and min(losses[-PATIENCE:]) > (1 - MARGIN) * min(losses[:-PATIENCE])
+
+
+def _optimiser(modules: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """AdamW, without decay on biases and norms."""
+    decay = [parameter for parameter in modules.parameters() if parameter.dim() > 1]
+    rest = [parameter for parameter in modules.parameters() if parameter.dim() <= 1]
+    return torch.optim.AdamW([{"params": decay, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}], lr=rate)
+
+
+def _streamer(loader: Loader, ids: np.ndarray, size: int, job: Job, share: np.ndarray | None = None) -> Stream:
+    def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        drawn = batches(ids, size, wanted, lambda number: job.rng("batch", number), share)
+        for step, (batch, images) in zip(wanted, loader.stream(drawn)):
+            yield step, batch, images
+
+    return stream
+
+
+def held_out(items: Items, job: Job) -> np.ndarray:
+    """At most 256 validation ids on which training is watched."""
+    ids = items.ids("validation")
+    return np.sort(job.rng("held out").permutation(ids)[:256])
+
+
+def _views(images: np.ndarray, policy: Policy, clusters: np.ndarray | None, preprocess: Preprocess, job: Job, *key: Any) -> list[Tensor]:
+    """Two augmented, normalised views of each image, drawn by seed and key."""
+    made = [augment(images, policy, clusters, job.rng("view", *key, view)) for view in (0, 1)]
+    return [normalise(view, preprocess.mean, preprocess.std) for view in made]
+
+
+def contrastive(
+    network: Network,
+    items: Items,
+    ids: np.ndarray,
+    preprocess: Preprocess,
+    policy: Policy,
+    clusters: np.ndarray | None,
+    steps: int,
+    settings: config.Embed,
+    job: Job,
+) -> tuple[dict[str, float], ...]:
+    """Trains an encoder in place with NT-Xent on two views per item (SimCLR), to the last step or a plateau.
+
+    `clusters` is the cluster of each of `ids` where the policy has dials per cluster. Returns the curve: step, loss, and on held-out
+    items validation loss and effective rank.
+    """
+    size = int(min(settings.batch_size, max(4, len(ids) // 2)))
+    with torch.random.fork_rng():
+        torch.manual_seed(job.seed)
+        dim = network(torch.zeros(2, 3, *preprocess.size))[0].shape[1]
+        projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 64))
+    modules = nn.ModuleDict({"network": network, "projector": projector})
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place = {int(identity): index for index, identity in enumerate(ids)}
+
+    def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
+        network.train()
+        own = None if clusters is None else clusters[[place[int(identity)] for identity in batch]]
+        pair = torch.cat(_views(images, policy, own, preprocess, job, step))
+        first, second = projector(network(pair)[0]).chunk(2)
+        return nt_xent(first, second, settings.temperature)
+
+    with Loader(items, preprocess, workers=job.workers) as loader:
+        pair = _views(loader.batch(held_out(items, job)), policy, None, preprocess, job, "held out")
+
+        def look() -> dict[str, float]:
+            network.eval()
+            with torch.no_grad():
+                first, second = (network(view)[0] for view in pair)
+                loss = nt_xent(projector(first), projector(second), settings.temperature)
+            return {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
+
+        curve = _loop(modules, 2e-3, steps, _streamer(loader, ids, size, job), loss_of, look, job, "contrastive training")
+    network.eval()
+    return curve
+
+
+def distil(
+    student: Network,
+    teacher: Network,
+    items: Items,
+    ids: np.ndarray,
+    share: np.ndarray,
+    preprocess: Preprocess,
+    policy: Policy,
+    clusters: np.ndarray,
+    steps: int,
+    batch: int,
+    job: Job,
+    label: str,
+) -> tuple[dict[str, float], ...]:
+    """Trains a student in place to give its teacher's outputs on augmented training items; `share` is how often each of `ids` is drawn.
+
+    Batch norms keep their statistics (evaluation mode): after the cut and its repair they are right, and models whose norms were
+    folded away would be destroyed by batch statistics. Returns the curve: step, loss, validation loss.
+    """
+    place = {int(identity): index for index, identity in enumerate(ids)}
+    for network in (student.eval(), teacher.eval()):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
+        own = clusters[[place[int(identity)] for identity in batch]]
+        views = normalise(augment(images, policy, own, job.rng("view", step)), preprocess.mean, preprocess.std)
+        with torch.no_grad():
+            target = teacher(views)
+        return distillation(student(views), target)
+
+    with Loader(items, preprocess, workers=job.workers) as loader:
+        held = torch.from_numpy(loader.batch(held_out(items, job))).permute(0, 3, 1, 2).float() / 255
+        held = normalise(held, preprocess.mean, preprocess.std)
+        with torch.no_grad():
+            target = teacher(held)
+
+        def look() -> dict[str, float]:
+            with torch.no_grad():
+                return {"validation_loss": round(float(distillation(student(held), target)), 5)}
+
+        return _loop(nn.ModuleDict({"student": student}), 1e-3, steps, _streamer(loader, ids, batch, job, share), loss_of, look, job, label)
+
+
+def default_steps(count: int, batch: int) -> int:
+    """Contrastive steps for so many training items: a hundred epochs, at least 300 and at most 3,000 steps."""
+    return int(np.clip(100 * count // max(1, min(batch, count // 2)), 300, 3000))
+
+
+def train(
+    items: Items,
+    vectors: Vectors,
+    clusters: Clusters,
+    selection: Selection,
+    policy: Policy,
+    settings: config.Train,
+    learning: config.Embed,
+    job: Job,
+) -> Model:
+    """The original: the model every later figure is measured against.
+
+    A given model is taken as it is. The `self` encoder learns on from the curated items with the policy found for them, and is kept
+    only when it tells held-out items apart at least as well as before (label-free: retrieval of an item by another view of it).
+    """
+    model = replace(vectors.model, head=clusters.head)
+    steps = settings.train_steps
+    if model.source["kind"] != "self":
+        return model
+    kept = selection.column("keep") & (items.column("split") == "train")
+    ids, own = items.column("id")[kept], clusters.column("cluster")[kept]
+    if steps is None:
+        steps = (learning.self_steps or default_steps(len(ids), learning.batch_size)) // 2
+    if not steps:
+        return model
+    network, preprocess = sources.network(model), model.preprocess
+    before = retrieval(network, items, preprocess, policy, job)
+    curve = contrastive(network, items, ids, preprocess, policy, own, steps, learning, job)
+    after = retrieval(network, items, preprocess, policy, job)
+    said = f"held-out items found by another view of themselves: {before:.1%} before, {after:.1%} after"
+    if after < before:
+        job.say(f"training on with the found policy did not help ({said}); the first encoder is kept")
+        return model
+    job.say(said)
+    with Loader(items, preprocess, workers=job.workers) as loader:
+        embeddings = np.concatenate([_embed(network, images, preprocess) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))])
+    step = f"{steps} further contrastive steps on {len(ids)} curated items ({said})"
+    head = refit_head(embeddings, own, clusters.head)
+    return replace(model, state=network.state_dict(), head=head, lineage=(*model.lineage, step), signals=curve)
+
+
+def _embed(network: Network, images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    with torch.no_grad():
+        views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        return network(normalise(views, preprocess.mean, preprocess.std))[0].numpy()
+
+
+def retrieval(network: Network, items: Items, preprocess: Preprocess, policy: Policy, job: Job) -> float:
+    """Share of held-out items whose nearest neighbour (cosine) among other views of all of them is a view of themselves."""
+    with Loader(items, preprocess, workers=job.workers) as loader:
+        pair = _views(loader.batch(held_out(items, job)), policy, None, preprocess, job, "retrieval")
+    with torch.no_grad():
+        first, second = (torch.nn.functional.normalize(network(view)[0], dim=1) for view in pair)
+    return float(((first @ second.T).argmax(1) == torch.arange(len(first))).float().mean())
