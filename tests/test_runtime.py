@@ -98,8 +98,7 @@ def test_run_items_stacks_what_single_batches_give(model: Path) -> None:
     ids = np.arange(10) * 3
     done: list[int] = []
     stream = [(ids[i : i + 4], images[i : i + 4]) for i in range(0, 10, 4)]
-    got, found = runtime.run_items(model, stream, PLAIN, progress=done.append)
-    np.testing.assert_array_equal(got, ids)
+    found = runtime.run_items(model, stream, PLAIN, progress=done.append)
     assert done == [4, 4, 2]
     whole = runtime.outputs(runtime.open_session(model), runtime.normalise(images, PLAIN))
     for name, value in whole.items():

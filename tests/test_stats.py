@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError, jaxtyped
 from scipy.stats import binomtest
 from sklearn import metrics
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
@@ -159,13 +161,13 @@ def test_knn_vote_gives_a_tie_to_the_nearer() -> None:
 def test_resamples_count_like_drawn_items() -> None:
     a, b = _pair()
     table = stats.crossing(a, b)
-    drawn = stats.resample(table, np.random.default_rng(0), 4000)
+    drawn = np.stack(list(stats.resample(table, np.random.default_rng(0), 4000)))
     assert np.all(drawn.sum(axis=1) == len(a))
     rng = np.random.default_rng(1)
     hits = [np.mean((a == b)[rng.integers(0, len(a), len(a))]) for _ in range(4000)]
     counted = drawn[:, table.rows == table.columns].sum(axis=1) / len(a)
     assert (counted.mean(), counted.std()) == pytest.approx((np.mean(hits), np.std(hits)), rel=0.1, abs=0.002)
-    np.testing.assert_array_equal(drawn, stats.resample(table, np.random.default_rng(0), 4000))
+    np.testing.assert_array_equal(drawn, list(stats.resample(table, np.random.default_rng(0), 4000)))
 
 
 @given(decisions)
@@ -209,3 +211,20 @@ def test_cluster_scores_ignore_the_numbering(pair: tuple[np.ndarray, np.ndarray]
 def test_cluster_scores_refuse_unequal_lengths() -> None:
     with pytest.raises(ValueError, match="2 and 3 rows; expected as many"):
         stats.clustering_accuracy(np.array([0, 1]), np.array([0, 1, 1]))
+
+
+def test_cosine_is_that_of_paired_rows() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 20, 5))
+    slow = [x @ y / np.sqrt(x @ x) / np.sqrt(y @ y) for x, y in zip(a, b)]
+    np.testing.assert_allclose(stats.cosine(a, b), slow)
+    np.testing.assert_array_equal(stats.cosine(a, np.zeros_like(a)), 0)
+
+
+def test_shapes_are_those_the_signatures_name() -> None:
+    checked = {name: jaxtyped(typechecker=beartype)(getattr(stats, name)) for name in ("neighbours", "knn_overlap", "knn_vote", "cosine")}
+    x = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    near = checked["neighbours"](x, 3)
+    assert checked["knn_vote"](np.arange(12) % 2, near).shape == (12,)
+    assert checked["knn_overlap"](x, x[:, :2], 3).shape == (12,)
+    with pytest.raises(TypeCheckError):
+        checked["cosine"](x, x[:, :2])

@@ -1,3 +1,60 @@
-"""attar: unlabelled data in, a small fast model out, with proof."""
+"""attar: unlabelled data in, a small fast model out, with proof.
+
+    run = attar.run("photos/")                       # scan … report; the same call again resumes or does nothing
+    run.sentence, run["cluster"], run["compress"]    # the result, and the record of any stage
+    attar.cluster(run.root, clusters=8)              # one stage again, with other settings
+    attar.predict(run.root / "model", ["new.jpg"])   # the small model, without torch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["augment", "cluster", "compress", "curate", "embed", "evaluate", "export", "init", "predict", "report", "run", "scan", "status", "train"]
+
+
+def run(data: str | Path, *, config: str | Path | None = None, quiet: bool = False, until: str = "report", **settings: Any) -> Any:
+    """Takes data through the whole spine and returns the Run; settings are those of `attar run --help`, by name."""
+    from attar import config as tree
+    from attar.pipeline import run_config
+
+    return run_config(tree.build_config({"data": str(data), **settings}, config), until=until, quiet=quiet)
+
+
+def _stage(name: str) -> Callable[..., Any]:
+    def verb(run: str | Path, *, config: str | Path | None = None, quiet: bool = False, **settings: Any) -> Any:
+        from attar.pipeline import continue_config, run_config
+
+        return run_config(continue_config(run, settings, config), until=name, quiet=quiet)[name]
+
+    verb.__name__ = verb.__qualname__ = name
+    verb.__doc__ = f"Takes a run folder to the stage {name}, with its earlier settings where none are given, and returns that stage's record."
+    return verb
+
+
+scan, embed, cluster, curate, augment = map(_stage, ("scan", "embed", "cluster", "curate", "augment"))
+train, compress, evaluate, export, report = map(_stage, ("train", "compress", "evaluate", "export", "report"))
+
+
+def predict(model: str | Path, files: Sequence[str], *, threads: int = 1, workers: int = 2) -> list[dict[str, Any]]:
+    """Cluster, and class where there are classes, of images or folders, by a RUN/model folder or an .onnx file of attar."""
+    from attar.inference import predict as predict_files
+
+    return predict_files(model, files, threads=threads, workers=workers)
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    """What is done in a run folder."""
+    from attar.pipeline import status as status_of
+
+    return status_of(run)
+
+
+def init(path: str | Path = "attar.toml") -> Path:
+    """Writes a commented settings file with every default; never over an existing file."""
+    from attar.config import write_template
+
+    return write_template(Path(path))

@@ -6,6 +6,7 @@ nothing towards itself) and then applied to all. Only the reduced points (items 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -195,34 +196,38 @@ def density_groups(points: np.ndarray, fitted: np.ndarray, smallest: int, rng: n
     return labels[nearest]
 
 
-def place(vectors: Vectors, mean: np.ndarray, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read(vectors: Vectors, job: Job, label: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows of the table, unit vectors) of each shard."""
+    start = 0
+    with job.progress(vectors.count, label) as bar:
+        for shard in vectors.batches():
+            yield slice(start, start := start + len(shard.ids)), unit(shard.values)
+            bar.update(len(shard.ids))
+
+
+def place(vectors: Vectors, mean: np.ndarray, projection: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """All items in the clustering space, (n, p) float32, and how far from it each lies, (n,) float32; reads one shard at a time."""
     points = np.empty((vectors.count, projection.shape[1]), np.float32)
     residual = np.empty(vectors.count, np.float32)
-    start = 0
-    for shard in vectors.batches():
-        centred = unit(shard.values) - mean
-        rows = slice(start, start := start + len(shard.ids))
+    for rows, values in _read(vectors, job, "placing vectors"):
+        centred = values - mean
         points[rows] = centred @ projection
         residual[rows] = np.sqrt(np.maximum((centred**2).sum(1) - (points[rows] ** 2).sum(1), 0))
     return points, residual
 
 
-def _moments(items: Items, vectors: Vectors, fitted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(items: Items, vectors: Vectors, fitted: np.ndarray, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), float64, of the fitted items' unit vectors; refuses vectors without a direction."""
     total, second = np.zeros(vectors.dim), np.zeros((vectors.dim, vectors.dim))
     bad: list[int] = []
-    start = 0
-    for ids, values in vectors.batches():
-        rows = unit(values)
-        whole = np.isfinite(rows).all(1)
-        bad.extend(ids[~whole].tolist())
-        rows = rows[whole & fitted[start : start + len(ids)]].astype(np.float64)
-        total += rows.sum(0)
-        second += rows.T @ rows
-        start += len(ids)
+    for rows, values in _read(vectors, job, "principal components"):
+        whole = np.isfinite(values).all(1)
+        bad.extend((rows.start + np.flatnonzero(~whole)).tolist())
+        values = values[whole & fitted[rows]].astype(np.float64)
+        total += values.sum(0)
+        second += values.T @ values
     if bad:
-        names = ", ".join(items.table["path"].take(pa.array(np.searchsorted(items.ids(), bad[:3]))).to_pylist())
+        names = ", ".join(items.table["path"].take(bad[:3]).to_pylist())
         raise DataError(
             f"{len(bad)} of {vectors.count} vectors have no direction (all zero, NaN or infinite), the first of {names}; "
             "the encoder collapsed or overflowed on these images: choose another with --model, or take the images out"
@@ -231,12 +236,12 @@ def _moments(items: Items, vectors: Vectors, fitted: np.ndarray) -> tuple[np.nda
     return mean, second / fitted.sum() - np.outer(mean, mean)
 
 
-def _axes(items: Items, vectors: Vectors, fitted: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
+def _axes(items: Items, vectors: Vectors, fitted: np.ndarray, components: int, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and projection (d, p), float32, of the clustering space; refuses data that is all one point."""
     train = int((items.column("split") == "train").sum())
     if fitted.sum() < 2:
         raise DataError(f"the {train} training images show the same pixels; clustering needs at least two different ones: add other images")
-    mean, covariance = _moments(items, vectors, fitted)
+    mean, covariance = _moments(items, vectors, fitted, job)
     spread = float(np.trace(covariance))
     if spread < SPREAD:
         raise DataError(
@@ -258,7 +263,7 @@ def _choose(points: np.ndarray, reference: np.ndarray, most: int, job: Job) -> t
 
         def score(counts: Iterable[int]) -> None:
             for k in counts:
-                curve[k] = job.once(f"count-{k:05d}.json", lambda k=k: score_count(points, reference, k, job.rng("score")))
+                curve[k] = job.once(f"count-{k:05d}.json", functools.partial(score_count, points, reference, k, job.rng("score")))
                 bar.update()
 
         score(grid)
@@ -340,8 +345,8 @@ def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) 
     content = np.unique(items.column("content"), return_inverse=True)[1]
     fitted = _first_of(content, train)
     with threadpool_limits(1):  # sums over threads come in any order: the same bits on any number of cores
-        mean, projection = _axes(items, vectors, fitted, settings.components)
-        points, residual = place(vectors, mean, projection)
+        mean, projection = _axes(items, vectors, fitted, settings.components, job)
+        points, residual = place(vectors, mean, projection, job)
         k, curve, method = _count(items, points, fitted, settings, job)
         centroids = _ordered(points, fit_centroids(points[fitted], k, job.rng("fit")), train)
         squared = squared_distances(points, centroids)

@@ -299,7 +299,15 @@ def _parse(option: Option, value: Any) -> Any:
         raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
 
 
-def _read_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings by name from a TOML file; raises UsageError listing every unknown section and setting."""
+    flat, faults = _scan_toml(path)
+    if faults:
+        raise UsageError("\n".join(faults))
+    return flat
+
+
+def _scan_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -333,7 +341,7 @@ def build_config(given: Mapping[str, Any], file: str | Path | None = None) -> Co
 
     Raises UsageError listing every fault at once: unknown settings, values of the wrong type, values out of range.
     """
-    flat, faults = _read_toml(Path(file)) if file else ({}, [])
+    flat, faults = _scan_toml(Path(file)) if file else ({}, [])
     flat |= given
     sections: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
@@ -374,3 +382,15 @@ def template() -> str:
         default = "" if option.default is None else f'"{option.default}"' if isinstance(option.default, str) else option.default
         lines.append(f"# {option.name} = {default}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def write_template(path: Path) -> Path:
+    """Writes the commented settings file; raises UsageError when something is there already."""
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(template())
+    except FileExistsError:
+        raise UsageError(f"{path}: exists already and is left as it is; name another file: attar init other.toml") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); name a file in a folder you can write to") from None
+    return path

@@ -96,7 +96,7 @@ class Tar:
         packed.seek(0)
         try:
             with packed, gzip.open(packed) as stream:
-                while block := stream.read(1 << 20):
+                while block := stream.read1(1 << 17):  # read() would drop what precedes the damage
                     _spill(self._file, block, path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.faults.append(("", f"archive is truncated or damaged ({error})"))

@@ -1,17 +1,13 @@
 """evaluate: what the student keeps of the original and what it costs, on the untouched test split, each figure with its interval.
 
 Two passes are all it takes: every test item goes once through both files (decoded once, resumable by shard), and both
-files take turns at batch 1 in a process of their own. Labels are read here and nowhere else, and only to judge.
+files take turns at batch 1 in a process of their own. Labels only judge: no other stage reads them.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +16,10 @@ import pyarrow as pa
 
 from attar import runtime, stats
 from attar.config import Evaluate
-from attar.errors import DataError, UsageError
+from attar.errors import DataError
+from attar.labels import read_labels
 from attar.modalities.image import Loader
-from attar.records import Candidate, Clusters, Evidence, Figure, Front, Items, Model, Preprocess, Selection
+from attar.records import Clusters, Evidence, Figure, Front, Items, Model, Preprocess, Selection
 from attar.workspace import Job
 
 BATCH = 32
@@ -72,7 +69,7 @@ def evaluate(items: Items, clusters: Clusters, selection: Selection, model: Mode
     figures = tuple(figure for part in parts for figure in part.figures)
     notes += [note for part in parts for note in part.notes]
     evidence = Evidence(figures=figures, per_cluster=tuple(per_cluster), notes=tuple(notes))
-    job.say(_headline(evidence, front.threads))
+    job.say(_headline(evidence, _threads(front)))
     return evidence
 
 
@@ -172,8 +169,8 @@ def _agreement(seen: Decisions, per_cluster: list[dict[str, Any]]) -> Findings:
     if large:
         worst = min(large, key=lambda row: row["value"])
         method = f"Wilson 95 %; lowest of the {len(large)} clusters with at least {SMALLEST_CLUSTER} test items: cluster {worst['cluster']}"
-        bounds = (worst[key] for key in ("value", "low", "high", "n"))
-        figures.append(Figure("agreement_worst_cluster", "student", *bounds, "test", method, "share"))
+        value, low, high, n = (worst[key] for key in ("value", "low", "high", "n"))
+        figures.append(Figure("agreement_worst_cluster", "student", value, low, high, n, "test", method, "share"))
     else:
         notes.append(f"agreement_worst_cluster was not measured: no cluster has {SMALLEST_CLUSTER} test items.")
     same = seen.cluster["original"] == seen.cluster["student"]
@@ -209,15 +206,16 @@ def _costs(front: Front) -> Findings:
     """Size of the files, parameters and multiply-accumulates; and their ratios."""
     figures = []
     for name, unit in (("size", "bytes"), ("parameters", "count"), ("macs", "count")):
-        values = {of: _cost(candidate, name) for of, candidate in (("original", front.original), ("student", front.student))}
-        figures += [Figure(name, of, value, value, value, 1, "", "count", unit) for of, value in values.items()]
-        ratio = values["student"] / max(values["original"], 1)
+        sides = (front.original, front.student)
+        values = [float(one.onnx.stat().st_size if name == "size" else one.figures[name]) for one in sides]
+        figures += [Figure(name, of, value, value, value, 1, "", "count", unit) for of, value in zip(("original", "student"), values)]
+        ratio = values[1] / max(values[0], 1)
         figures.append(Figure(f"{name}_ratio", "student", ratio, ratio, ratio, 1, "", "count; student / original", "ratio"))
     return Findings(figures, [])
 
 
-def _cost(candidate: Candidate, name: str) -> float:
-    return float(candidate.onnx.stat().st_size if name == "size" else candidate.figures[name])
+def _threads(front: Front) -> str:
+    return f"{front.threads} thread" + "s" * (front.threads > 1)
 
 
 def _latency(front: Front, job: Job) -> Findings:
@@ -231,8 +229,7 @@ def _latency(front: Front, job: Job) -> Findings:
 
     found = job.once("latency.json", measure)
     rounds = np.array([found[of] for of in files]).T
-    threads = f"{front.threads} thread{'s' if front.threads > 1 else ''}"
-    where = f"ONNX Runtime {onnxruntime.__version__} on the CPU, {threads}, batch 1, files in turn in a process of their own"
+    where = f"ONNX Runtime {onnxruntime.__version__} on the CPU, {_threads(front)}, batch 1, files in turn in a process of their own"
     method = f"bootstrap 95 %; median of {len(rounds)} rounds; {where}"
     figures = []
     for of, values in zip(files, rounds.T):
@@ -247,80 +244,6 @@ def _latency(front: Front, job: Job) -> Findings:
 def _median_ratio(rounds: np.ndarray) -> float:
     """Median of student / original over rounds (n, 2)."""
     return float(np.median(rounds[:, 1] / rounds[:, 0]))
-
-
-def read_labels(items: Items, source: str) -> tuple[np.ndarray, list[str]]:
-    """Label of every item by id, (n,) strings, "" where it has none; and how well they matched, in words.
-
-    `source` is "folders" (the name of the folder an item lies in) or a .csv with the columns path and label; a path is
-    the item's own, its file name where only one item has it, or absolute. Raises UsageError when there is no such
-    file, DataError naming file and line when it cannot be understood or none of it matches.
-    """
-    paths = items.column("path")
-    if source == "folders":
-        labels = np.array([PurePosixPath(path.rpartition("::")[2]).parent.name for path in paths], object)
-        if not np.any(labels):
-            raise DataError(f"labels: folders: no item lies in a folder of its own (for example {paths[0]}); name a .csv with path,label")
-        return labels, [f"Labels are the names of the items' folders: {np.count_nonzero(labels)} of {len(paths)} items lie in one."]
-    labels, lines = np.full(len(paths), "", object), np.zeros(len(paths), np.int64)
-    find, missed, rows = _finder(items), [], 0
-    for line, path, label in _csv_rows(source):
-        rows += 1
-        if (at := find(path)) is None:
-            missed.append(f"{path} (line {line})")
-        elif labels[at] not in ("", label):
-            raise DataError(f"{source}, line {line}: {path} is {label!r}, but line {lines[at]} calls it {labels[at]!r}; keep one of them")
-        else:
-            labels[at], lines[at] = label, line
-    if not np.any(labels):
-        raise DataError(
-            f"{source}: none of its {rows} rows matches an item; the first path is {next(iter(missed), 'missing')}, an item's is {paths[0]}; "
-            "write paths relative to the data, file names that occur once, or absolute paths"
-        )
-    notes = [f"Labels from {source}: {rows} rows, {np.count_nonzero(labels)} of {len(paths)} items matched."]
-    if missed:
-        notes.append(f"{len(missed)} rows of {source} match no item, or several of that name, for example {missed[0]}.")
-    return labels, notes
-
-
-def _finder(items: Items) -> Callable[[str], int | None]:
-    """path → id by an item's path, absolute path or file name; None for an unknown path and for a name that occurs twice."""
-    root, paths = items.root, items.column("path")
-    base = root if os.path.isdir(root) else os.path.dirname(re.split(r"[*?[]", root)[0])
-    by_path = {path: number for number, path in enumerate(paths)}
-    by_name: dict[str, int | None] = {}
-    for number, path in enumerate(paths):
-        name = PurePosixPath(path.rpartition("::")[2]).name
-        by_name[name] = None if name in by_name else number
-
-    def find(path: str) -> int | None:
-        for known in (path, os.path.relpath(path, base) if os.path.isabs(path) else os.path.normpath(path)):
-            if known in by_path:
-                return by_path[known]
-        return by_name.get(os.path.basename(path))
-
-    return find
-
-
-def _csv_rows(source: str) -> Iterable[tuple[int, str, str]]:
-    """Line, path and label of every row of a .csv."""
-    if not Path(source).is_file():
-        raise UsageError(f'labels: {source}: no such file; name a .csv with the columns path,label, or write "folders"')
-    try:
-        with open(source, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if not {"path", "label"} <= set(reader.fieldnames or ()):
-                raise DataError(f"{source}, line 1: the columns are {','.join(reader.fieldnames or ['none'])}; expected path,label")
-            for row in reader:
-                path, label = (row["path"] or "").strip(), (row["label"] or "").strip()
-                if not path or not label:
-                    missing = "label" if path else "path"
-                    raise DataError(f"{source}, line {reader.line_num}: no {missing}; expected path,label; complete or delete the line")
-                yield reader.line_num, path, label
-    except OSError as error:
-        raise UsageError(f"labels: {source}: cannot be read ({error.strerror}); make it readable") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{source}: is not a readable UTF-8 .csv ({error}); save it as UTF-8 with the columns path,label") from None
 
 
 def _class_figures(seen: Decisions, labels: np.ndarray, model: Model, job: Job) -> Findings:
@@ -378,9 +301,9 @@ def _label_figures(seen: Decisions, labels: np.ndarray, wanted: int, job: Job) -
     """How well clusters and neighbours follow the labels, for any model."""
     labelled = labels != ""
     names, codes = np.unique(labels[labelled].astype(str), return_inverse=True)
+    figures: list[Figure] = []
     if len(names) < 2:
-        return Findings([], [f"clustering and nearest-neighbour figures were not measured: every labelled test item is {names[0]!r}."])
-    figures, notes = [], []
+        return Findings([], [f"clustering and nearest-neighbour figures were not measured: every labelled test item is {str(names[0])!r}."])
     inside = np.flatnonzero(labelled[seen.sample])  # rows of the kept embeddings whose item is labelled
     truth = np.searchsorted(names, labels[seen.sample[inside]].astype(str))
     k = min(wanted, len(inside) - 1)
@@ -394,7 +317,7 @@ def _label_figures(seen: Decisions, labels: np.ndarray, wanted: int, job: Job) -
             voted = stats.knn_vote(truth, stats.neighbours(embedding[inside], k, bar.update))
             what = f"leave-one-out vote of the {k} nearest by cosine among {_among(seen, len(inside))}"
             figures.append(_share("knn_accuracy", of, voted == truth, what))
-    return Findings(figures, notes)
+    return Findings(figures, [])
 
 
 def _cluster_scores(of: str, codes: np.ndarray, clusters: np.ndarray, labels: int, job: Job, tick: Callable[[int], Any]) -> list[Figure]:
@@ -413,12 +336,11 @@ def _cluster_scores(of: str, codes: np.ndarray, clusters: np.ndarray, labels: in
     return figures
 
 
-def _headline(evidence: Evidence, threads: int) -> str:
-    agreement, size, latency = (evidence.get(name) for name in ("agreement", "size_ratio", "latency_ratio"))
-    before, after = (evidence.get("latency_ms", of) for of in ("original", "student"))
-    assert agreement and size and latency and before and after
+def _headline(evidence: Evidence, threads: str) -> str:
+    figures = {(figure.name, figure.of): figure for figure in evidence.figures}
+    agreement, size, latency = (figures[name, "student"] for name in ("agreement", "size_ratio", "latency_ratio"))
+    before, after = (figures["latency_ms", of].value for of in ("original", "student"))
     return (
         f"student agrees with the original on {agreement.value:.1%} (95 % interval {agreement.low:.1%} to {agreement.high:.1%}) of {agreement.n} "
-        f"untouched test items, at {size.value:.2f}x its size and {latency.value:.2f}x its latency "
-        f"({before.value:.2f} → {after.value:.2f} ms, {threads} thread{'s' if threads > 1 else ''})"
+        f"untouched test items, at {size.value:.2f}x its size and {latency.value:.2f}x its latency ({before:.2f} → {after:.2f} ms, {threads})"
     )

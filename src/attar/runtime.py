@@ -103,22 +103,20 @@ def run_items(
     *,
     threads: int = 1,
     progress: Callable[[int], object] | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One file's outputs for a whole stream, stacked: ids (n,) and name → (n, …) float32, in the stream's order.
+) -> dict[str, np.ndarray]:
+    """One file's outputs for a whole stream, stacked in its order: name → (n, …) float32.
 
     `progress` is called with the number of items done after each batch.
     """
-    ids: list[np.ndarray] = []
     parts: dict[str, list[np.ndarray]] = {}
-    for some, found in run_batches({"model": path}, stream, preprocess, threads=threads):
-        ids.append(some)
+    for ids, found in run_batches({"model": path}, stream, preprocess, threads=threads):
         for name, value in found["model"].items():
             parts.setdefault(name, []).append(value)
         if progress:
-            progress(len(some))
-    if not ids:
+            progress(len(ids))
+    if not parts:
         raise ValueError(f"{path}: nothing to run on; expected at least one batch")
-    return np.concatenate(ids), {name: np.concatenate(values) for name, values in parts.items()}
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def measure_latency(

@@ -47,15 +47,15 @@ def scan(data: config.Data, job: Job) -> Items:
     entries, problems = listing(data.data, modality.SUFFIXES, others)
     shards = [entries[start : start + SHARD] for start in range(0, len(entries), SHARD)]
     limit = int(data.max_megapixels * 1e6)
-    pool = ThreadPoolExecutor(job.workers, "attar-scan")
-    try:
-        with Reader(data.data) as reader, job.progress(len(entries), "reading", f"{MODALITY}s") as bar:
-            tables = []
+    tables = []
+    with Reader(data.data) as reader, job.progress(len(entries), "reading", f"{MODALITY}s") as bar:
+        pool = ThreadPoolExecutor(job.workers, "attar-scan")
+        try:
             for number, shard in enumerate(shards):
                 tables.append(job.shard(number, partial(_check, shard, reader, modality, limit, pool, bar)))
                 bar.update(sum(map(len, shards[: number + 1])) - bar.n)  # a shard kept from before counts as well
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     checked = pa.concat_tables(tables or [CHECKED_SCHEMA.empty_table()])
     items = _assemble(absolute(data.data), checked, problems, data)
     _refuse_too_few(data.data, items)
@@ -166,6 +166,6 @@ def _summarise(items: Items, others: Counter[str], job: Job) -> None:
         f"{copies:,} of them exact duplicates" if copies else "",
         f"{items.quarantine.num_rows:,} files set aside ({_reasons(items)})" if items.quarantine.num_rows else "none set aside",
         ", ".join(f"{splits[split]:,} {split}" for split in SPLITS),
-        f"{others.total():,} files of other kinds passed over ({tally(others)})" if others else "",
+        f"other kinds of file passed over: {tally(others)}" if others else "",
     ]
     job.say("; ".join(part for part in parts if part))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
 
-BLOCK_BYTES = 64 << 20  # of the similarity block the neighbour search holds
+BLOCK_BYTES = 16 << 20  # of the similarities the neighbour search holds; larger blocks leave the caches and are slower
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def spread(value: float, draws: np.ndarray, floor: float, confidence: float = 0.
 def neighbours(x: Float[np.ndarray, "n d"], k: int, tick: Callable[[int], object] | None = None) -> Int[np.ndarray, "n k"]:
     """Indices (n, k) of the k rows of x (n, d) with the highest cosine similarity to each row, itself left out; best first.
 
-    Works in blocks of rows: memory n × d + BLOCK_BYTES. `tick` is called with the rows done after each block.
+    Works in blocks of rows: memory n × d floats + 3 × BLOCK_BYTES. `tick` is called with the rows done after each block.
     """
     n = len(x)
     if not 1 <= k < n:
@@ -108,7 +108,7 @@ def neighbours(x: Float[np.ndarray, "n d"], k: int, tick: Callable[[int], object
 
 def knn_overlap(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n e"], k: int, tick: Callable[[int], object] | None = None
-) -> Float[np.ndarray, "n"]:
+) -> Float[np.ndarray, " n"]:
     """Share of each item's k nearest neighbours (cosine) that two embeddings have in common, 0 … 1.
 
     |N_a(i) ∩ N_b(i)| / k; unchanged by rotation and scaling of either embedding.
@@ -123,7 +123,7 @@ def knn_overlap(
     return np.count_nonzero(both[:, 1:] == both[:, :-1], axis=1) / k
 
 
-def cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n"]:
+def cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
     """Cosine similarity of paired rows, −1 … 1; 0 where a row is zero.
 
     >>> cosine(np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[2.0, 0.0], [1.0, -1.0]])).tolist()
@@ -132,7 +132,7 @@ def cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np
     return (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
 
 
-def knn_vote(labels: Int[np.ndarray, "n"], near: Int[np.ndarray, "m k"]) -> Int[np.ndarray, "m"]:
+def knn_vote(labels: Int[np.ndarray, " n"], near: Int[np.ndarray, "m k"]) -> Int[np.ndarray, " m"]:
     """Leave-one-out k-nearest-neighbour decision: the most frequent label among the neighbours; the nearer wins a tie.
 
     `near` holds row numbers of `labels`, nearest first, as `neighbours` gives them.
@@ -159,7 +159,7 @@ class Crossing(NamedTuple):
         return table
 
 
-def crossing(a: Int[np.ndarray, "n"], b: Int[np.ndarray, "n"], shape: tuple[int, int] | None = None) -> Crossing:
+def crossing(a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"], shape: tuple[int, int] | None = None) -> Crossing:
     """Counts of every pair of decisions that occurs; decisions are numbered from 0."""
     _same_length(a, b)
     shape = shape or (int(a.max()) + 1, int(b.max()) + 1)
@@ -167,13 +167,13 @@ def crossing(a: Int[np.ndarray, "n"], b: Int[np.ndarray, "n"], shape: tuple[int,
     return Crossing(cells // shape[1], cells % shape[1], counts, shape)
 
 
-def resample(table: Crossing, rng: np.random.Generator, repeats: int = 1000) -> Int[np.ndarray, "repeats cells"]:
-    """Cell counts of bootstrap resamples of the items: a multinomial draw, the same as drawing the items and counting."""
+def resample(table: Crossing, rng: np.random.Generator, repeats: int = 1000) -> Iterator[Int[np.ndarray, " cells"]]:
+    """Cell counts of bootstrap resamples of the items, one by one: multinomial draws, the same as drawing the items and counting."""
     n = table.counts.sum()
-    return rng.multinomial(n, table.counts / n, size=repeats)
+    return (rng.multinomial(n, table.counts / n) for _ in range(repeats))
 
 
-def class_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[np.ndarray, "3 classes"]:
+def class_scores(table: Crossing, counts: Num[np.ndarray, " cells"]) -> Float[np.ndarray, "3 classes"]:
     """Precision, recall and F1 of every class from truth × prediction counts.
 
     precision = tp / predicted (0 when never predicted), recall = tp / true, F1 = 2·tp / (true + predicted);
@@ -188,7 +188,7 @@ def class_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[np.
     return scores
 
 
-def cluster_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[np.ndarray, "3"]:
+def cluster_scores(table: Crossing, counts: Num[np.ndarray, " cells"]) -> Float[np.ndarray, "3"]:
     """Clustering accuracy, normalised mutual information and adjusted Rand index from label × cluster counts.
 
     ACC: share of items on the best one-to-one matching of clusters to labels (Hungarian; Yang et al. 2010).
@@ -207,7 +207,7 @@ def cluster_scores(table: Crossing, counts: Num[np.ndarray, "cells"]) -> Float[n
     return np.array([matched / n, mutual / mean if mean > 0 else 1.0, rand])
 
 
-def clustering_accuracy(labels: Int[np.ndarray, "n"], clusters: Int[np.ndarray, "n"]) -> float:
+def clustering_accuracy(labels: Int[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]) -> float:
     """Share of items on the best one-to-one matching of clusters to labels, both numbered from 0.
 
     >>> clustering_accuracy(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 1]))

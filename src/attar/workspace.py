@@ -69,6 +69,8 @@ class Job:
 
     def __init__(self, name: str, folder: Path, *, seed: int = 0, workers: int = 2, quiet: bool = False) -> None:
         self.name, self.folder, self.seed, self.workers, self.quiet = name, folder, seed, workers, quiet
+        self.history: list[dict[str, Any]] = []
+        """Stage, seconds and notes of the stages this one needs."""
         self.notes: list[str] = (self.recall("notes.json") or []) if folder.exists() else []
 
     def rng(self, *purpose: Any) -> np.random.Generator:
@@ -246,6 +248,8 @@ class Workspace:
             return self.load(name)
         scratch = self.root / ".partial" / f"{name}-{key[:12]}"
         job = Job(name, scratch, seed=config.setup.seed, workers=config.setup.workers, quiet=quiet)
+        manifests = {need: self.manifest(need) or {} for need in stage.needs}
+        job.history = [{"stage": need, "seconds": body.get("seconds"), "notes": body.get("notes", [])} for need, body in manifests.items()]
         spent = (job.recall("seconds.json") or 0.0) if scratch.exists() else 0.0
         started = time.perf_counter()
         try:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from attar.containers import Unreadable
+from attar.containers import COPY_AGAIN, Unreadable
 from attar.data import Reader
 from attar.errors import DataError
 from attar.records import Items, Preprocess
@@ -44,7 +44,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SAME = {"MPO": "JPEG", "DIB": "BMP"}  # a format that goes by the other's suffixes
-COPY_AGAIN = "copy it again from its source, or delete it"
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

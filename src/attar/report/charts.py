@@ -71,14 +71,14 @@ class Axis(NamedTuple):
         return _log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, wanted)
 
 
-def _frame(x: Axis, y: Axis, across: Callable[[float], str], up: Callable[[float], str], title: str, wanted: int = 5) -> list[Markup]:
+def _frame(x: Axis, y: Axis, across: Callable[[float], str], up: Callable[[float], str], title: str) -> list[Markup]:
     """Hairlines and labels of both axes; the vertical axis has no line of its own."""
     parts = []
     for value in y.ticks(4):
         at = y(value)
         parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
         parts.append(tag("text", up(value), x=x.start - 8, y=at + 4, class_="tick end"))
-    for value in x.ticks(wanted):
+    for value in x.ticks():
         parts.append(tag("text", across(value), x=x(value), y=y.start + 20, class_="tick mid"))
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     parts.append(tag("text", title, x=x.end, y=y.start + 40, class_="name end"))
@@ -131,10 +131,11 @@ class Dot(NamedTuple):
     """One candidate on the Pareto chart."""
 
     name: str
-    cost: float
+    cost: float  # in the unit of the axis
     keeps: float  # agreement, a share
     kind: str  # "original", "float32", "int8"
     chosen: bool
+    says: str  # its figures in words
 
 
 def front_of(dots: Sequence[Dot]) -> list[Dot]:
@@ -147,9 +148,7 @@ def front_of(dots: Sequence[Dot]) -> list[Dot]:
     return kept
 
 
-def pareto(
-    dots: Sequence[Dot], *, title: str, unit: Callable[[float], str], most: float | None, least: float | None, width: int = 420, height: int = 330
-) -> Markup:
+def pareto(dots: Sequence[Dot], *, title: str, most: float | None, least: float | None, width: int = 420, height: int = 330) -> Markup:
     """Agreement against a cost, both bounded by the budget (`most` cost, `least` agreement) where it says so; better is up and left."""
     costs = [d.cost for d in dots] + ([most] if most else [])
     keeps = [d.keeps for d in dots] + ([least] if least is not None else [])
@@ -157,7 +156,7 @@ def pareto(
     x = Axis(min(costs) / 1.35 if log else 0.0, max(costs) * (1.35 if log else 1.1), 56, width - 16, log)
     span = max(max(keeps) - min(keeps), 0.01)
     y = Axis(max(min(keeps) - 0.12 * span, 0.0), max(keeps) + 0.12 * span, height - 56, 16)
-    parts = _frame(x, y, lambda v: unit(v) if not log else words.number(v), lambda v: f"{100 * v:.3g} %", title, 4)
+    parts = _frame(x, y, words.number, lambda v: f"{100 * v:.3g} %", title)
     if most:
         parts.append(tag("line", x1=x(most), x2=x(most), y1=y.start, y2=y.end, class_="limit"))
     if least is not None:
@@ -166,23 +165,23 @@ def pareto(
     stairs = f"M{_round(x(best[0].cost))},{_round(y(best[0].keeps))}" + "".join(f"H{_round(x(d.cost))}V{_round(y(d.keeps))}" for d in best[1:])
     parts.append(tag("path", d=stairs, class_="front"))
     for dot in sorted(dots, key=lambda d: d.chosen):
-        parts += _dot(dot, x, y, unit, dot in best)
+        parts += _dot(dot, x, y, dot in best)
     return _svg(width, height, f"agreement by {title}", parts, "pareto")
 
 
-def _dot(dot: Dot, x: Axis, y: Axis, unit: Callable[[float], str], best: bool) -> list[Markup]:
+def _dot(dot: Dot, x: Axis, y: Axis, best: bool) -> list[Markup]:
     cx, cy = x(dot.cost), y(dot.keeps)
-    text = tag("title", f"{dot.name}: {unit(dot.cost)}, agreement {words.percent(dot.keeps)}")
+    text = tag("title", f"{dot.name}: {dot.says}")
     kind = f"{dot.kind}{' best' if best else ''}{' chosen' if dot.chosen else ''}"
     if dot.kind == "original" and not dot.chosen:
         parts = [tag("rect", text, x=cx - 5, y=cy - 5, width=10, height=10, class_=kind)]
     else:
         parts = [tag("circle", text, cx=cx, cy=cy, r=7 if dot.chosen else 4.5, class_=kind)]
     if dot.chosen or dot.kind == "original":
-        side = "end" if cx > (x.start + x.end) / 2 else ""
-        down = 5 if dot.chosen and dot.kind != "original" else -10
+        # Up and left of a candidate that no other beats there is nothing, so that is where its name goes if the axis leaves room.
+        side = "end" if cx - x.start > 90 else ""
         name = "chosen: the original" if dot.chosen and dot.kind == "original" else "chosen" if dot.chosen else "original"
-        parts.append(tag("text", name, x=cx + (-13 if side else 13), y=cy + down, class_=f"strong {side} {'accent' if dot.chosen else ''}".strip()))
+        parts.append(tag("text", name, x=cx + (-8 if side else 8), y=cy - 10, class_=f"strong {side} {'accent' if dot.chosen else ''}".strip()))
     return parts
 
 
@@ -209,9 +208,9 @@ def place(points: np.ndarray, first: Sequence[int], gap: float, limit: int) -> l
 
 
 def fit(points: np.ndarray, width: int, height: int, margin: int) -> np.ndarray:
-    """(n, 2) coordinates moved and scaled into a frame, the extreme hundredth on each side drawn in to its edge."""
-    low, high = np.quantile(points, [0.01, 0.99], axis=0) if len(points) > 50 else (points.min(axis=0), points.max(axis=0))
-    unit = np.clip((points - low) / np.where(high > low, high - low, 1), 0, 1)
+    """(n, 2) coordinates moved and scaled into a frame."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    unit = (points - low) / np.where(high > low, high - low, 1)
     return margin + unit * (np.array([width, height]) - 2 * margin)
 
 
@@ -238,7 +237,7 @@ def cluster_map(
     for cluster in sorted(set(map(int, clusters))):
         x, y = np.median(spots[clusters == cluster], axis=0)
         parts.append(
-            tag("g", tag("circle", cx=float(x), cy=float(y), r=14), tag("text", cluster + 1, x=float(x), y=float(y + 5)), style=hue(cluster), class_="number")
+            tag("g", tag("circle", cx=float(x), cy=float(y), r=14), tag("text", cluster, x=float(x), y=float(y + 5)), style=hue(cluster), class_="number")
         )
     return _svg(width, height, "map of the items, coloured by cluster", parts, "map")
 

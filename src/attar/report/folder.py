@@ -169,9 +169,15 @@ def curves(vectors: Vectors, clusters: Clusters) -> dict[str, Any]:
     chart: Markup | None = None
     if len(points) > 1:
         chart = charts.line(
-            points, title="score", across="number of clusters", marked=float(clusters.count), mark=f"{clusters.count} chosen", width=420
+            points, title="score", across="number of clusters", marked=float(clusters.count), mark=f"{clusters.count} chosen"
         )
     return {"scores": chart, "training": charts.signals(vectors.signals)}
+
+
+def _closed(text: str) -> str:
+    """Words of a record as a sentence."""
+    said = words.plain(text).strip().rstrip(".")
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selec
         "thresholds": [(words.label(name), words.number(value)) for name, value in thresholds.items()],
         "curves": curves(vectors, clusters),
         "separation": f"{clusters.separation:.2f}".replace("-", words.MINUS),
-        "method": clusters.method,
+        "method": _closed(clusters.method),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 import shlex
@@ -23,7 +24,10 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession({model!r})
+MODEL = {model}
+FILES = sys.argv[1:] or {files}
+
+session = onnxruntime.InferenceSession(MODEL)
 about = json.loads(session.get_modelmeta().custom_metadata_map["attar"])
 steps = about["preprocess"]
 
@@ -46,7 +50,7 @@ def prepare(path):
     return ((pixels - np.float32(steps["mean"])) / np.float32(steps["std"])).transpose(2, 0, 1)
 
 
-for path in sys.argv[1:] or {files!r}:
+for path in FILES:
     outputs = session.run(None, {{session.get_inputs()[0].name: prepare(path)[None]}})
     found = dict(zip([output.name for output in session.get_outputs()], outputs))
     print(path, "cluster", int(found["cluster_probabilities"][0].argmax()), end=" ")
@@ -59,7 +63,11 @@ for path in sys.argv[1:] or {files!r}:
 
 def snippet(model: str, files: Sequence[str]) -> str:
     """A program that runs the delivered file on some images with onnxruntime, Pillow and numpy alone."""
-    return SNIPPET.format(model=model, files=list(files))
+    return SNIPPET.format(model=_literal(model), files=_literal(list(files)))
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def command(model: str, files: Sequence[str]) -> str:

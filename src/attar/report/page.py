@@ -15,6 +15,7 @@ from attar.report import charts, folder, origin, pictures, result, words
 from attar.workspace import Job
 
 HERE = Path(__file__).parent
+MEASURED = 200  # rows of measurements shown
 TINY = 64  # pixels; smaller images are enlarged with sharp edges
 
 
@@ -48,7 +49,7 @@ def report(
         **_pictured(items, vectors, clusters, selection, policy, model, job),
         "dials": dials(policy),
         "policy": policy,
-        "policy_evidence": [words.measurement(row) for row in policy.evidence[:40]],
+        "policy_evidence": measurements(policy),
         "pareto": result.pareto(front),
         "candidates": result.candidates(front),
         "changes": result.changes(front, evidence),
@@ -94,10 +95,20 @@ def _pictured(items: Items, vectors: Vectors, clusters: Clusters, selection: Sel
 
 
 def dials(policy: Policy) -> dict[str, Any]:
-    """Strength and frequency of each family: for any item, and per cluster where they differ."""
-    rows = [("all", policy.families), *((str(number), families) for number, families in enumerate(policy.clusters))]
+    """Strength and frequency of each family, overall and per cluster; a frequency that is the same everywhere is said once."""
+    rows = [("overall", policy.families), *((f"cluster {number}", families) for number, families in enumerate(policy.clusters))]
     names = list(dict.fromkeys(name for _, families in rows for name in families))
-    return {"names": names, "rows": [(label, [families.get(name) for name in names]) for label, families in rows]}
+    often = {name: {families[name].frequency for _, families in rows if name in families} for name in names}
+    heads = [(name, often[name].pop() if len(often[name]) == 1 else None) for name in names]
+    return {"heads": heads, "rows": [(label, [families.get(name) for name in names]) for label, families in rows]}
+
+
+def measurements(policy: Policy) -> list[tuple[list[str], list[list[str]]]]:
+    """The measurements behind the dials as tables: names, rows; one table per set of names."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in policy.evidence[:MEASURED]:
+        tables.setdefault(tuple(row), []).append([words.value(each) for each in row.values()])
+    return [(list(names), rows) for names, rows in tables.items()]
 
 
 def _use(items: Items, export: Export) -> dict[str, str]:

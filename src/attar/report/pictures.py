@@ -18,10 +18,10 @@ from attar.records import Clusters, Items, Policy, Preprocess, Selection
 from attar.report import words
 from attar.workspace import Job
 
-SIDE = 96  # pixels of a picture in a gallery
-LARGE = 192  # of the item in the middle of a cluster
+SIDE = 128  # pixels of a picture in a gallery
+LARGE = 220  # of the item in the middle of a cluster
 SMALL = 48  # pixels of a picture on the map
-TYPICAL, BORDER = 6, 5  # pictures in a gallery besides the medoid
+TYPICAL, BORDER = 5, 5  # pictures in a gallery besides the medoid
 VIEWS = 6
 
 
@@ -124,7 +124,7 @@ def members(clusters: Clusters, selection: Selection) -> list[tuple[np.ndarray, 
 
 
 def galleries(clusters: Clusters, selection: Selection, album: Album) -> list[Gallery]:
-    """A gallery for each cluster, largest first."""
+    """A gallery for each cluster, in the order of their numbers."""
     ids, cluster, fine = clusters.column("id"), clusters.column("cluster"), clusters.column("subcluster")
     kept = np.isin(ids, selection.column("id")[selection.column("keep")])
     found = []
@@ -142,7 +142,7 @@ def galleries(clusters: Clusters, selection: Selection, album: Album) -> list[Ga
                 [album.photo(item) for item in border],
             )
         )
-    return sorted(found, key=lambda gallery: (-gallery.count, gallery.cluster))
+    return found
 
 
 def augmented(loader: Loader | None, items: Items, clusters: Clusters, policy: Policy, missing: set[int], job: Job, most: int = 5) -> list[Views]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
 from attar.compress.budget import parse_budget
-from attar.records import Candidate, Evidence, Figure, Front
+from attar.records import Evidence, Figure, Front
 from attar.report import charts, words
 
 COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
@@ -17,7 +19,7 @@ COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "macs": ("fewer", "more", words.count),
     "latency": ("faster", "slower", words.milliseconds),
 }
-NAMES = {"size": ("size", "size_bytes", "bytes"), "latency": ("latency_ms", "latency"), "parameters": ("parameters",), "macs": ("macs",)}
+NAMES = {"size": ("size",), "latency": ("latency_ms", "latency"), "parameters": ("parameters",), "macs": ("macs",)}
 
 
 class Key(NamedTuple):
@@ -35,6 +37,7 @@ class Change(NamedTuple):
     original: words.Cell | None
     student: words.Cell | None
     change: str
+    interval: str  # of the change
     note: str
 
 
@@ -50,9 +53,21 @@ def cost(front: Front, evidence: Evidence, name: str, of: str) -> Figure | None:
 
 
 def _compare(front: Front, evidence: Evidence, name: str) -> str:
-    before, after = (cost(front, evidence, name, of) for of in ("original", "student"))
+    """How the student's cost compares: by the measured ratio where there is one, else by the two figures."""
     better, worse, _ = COSTS[name]
+    if ratio := evidence.get(f"{name}_ratio"):
+        return words.times(1.0, ratio.value, better, worse)
+    before, after = (cost(front, evidence, name, of) for of in ("original", "student"))
     return words.times(before.value, after.value, better, worse) if before and after else ""
+
+
+def _compared(evidence: Evidence, name: str) -> str:
+    """The interval of a measured ratio, said the way `_compare` says its value."""
+    ratio = evidence.get(f"{name}_ratio")
+    if ratio is None or ratio.low == ratio.high or ratio.low <= 0:
+        return ""
+    low, high = (1 / ratio.high, 1 / ratio.low) if ratio.value <= 1 else (ratio.low, ratio.high)
+    return f"{low:.2g}–{high:.2g}×" if low < 10 else f"{low:.0f}–{high:.0f}×"
 
 
 def agreement_words(figure: Figure, classes: bool) -> str:
@@ -60,7 +75,7 @@ def agreement_words(figure: Figure, classes: bool) -> str:
     share, rest = words.percent(figure.value), words.interval(figure.low, figure.high, figure.unit)
     within = f" (95 % interval {rest.removesuffix(' %')})" if rest else ""
     what = f"agrees with it on {share} of" if classes else f"puts {share} of"
-    ending = "" if classes else " in the same cluster as it does"
+    ending = "" if classes else " in the same cluster as the original does"
     return f"{what} {figure.n:,} unseen items{ending}{within}"
 
 
@@ -103,7 +118,7 @@ def keys(front: Front, evidence: Evidence, classes: bool) -> list[Key]:
     """Three or four figures: what it keeps, what it costs, and how right it is where labels were given."""
     found = []
     if agreement := evidence.get("agreement"):
-        name = "agreement with the original" if classes else "in the same cluster as the original has them"
+        name = "agreement with the original" if classes else "in the same cluster as with the original"
         found.append(Key(words.percent(agreement.value), name, _basis(agreement, f"{agreement.n:,} {agreement.split} items")))
     for name, what in (("latency", "per item"), ("size", "to ship")):
         figure = cost(front, evidence, name, "student")
@@ -131,43 +146,44 @@ def pareto(front: Front) -> list[dict[str, Any]]:
     limits = parse_budget(front.budget)
     least = max((c.limit for c in limits if c.metric == "agreement"), default=None)
     found = []
-    for metric, title in (("latency", "latency, ms"), ("size", "file size")):
-        original = front.original.figures.get(metric)
-        dots = [dot for candidate in (front.original, *front.candidates) if (dot := _dot(front, candidate, metric))]
+    for metric in ("latency", "size"):
+        original, dots = front.original.figures.get(metric), _dots(front, metric)
         if not original or len(dots) < 2:
             continue
-        most = min((c.limit * (original if c.relative else 1) for c in limits if c.metric == metric), default=None)
-        unit = (lambda value: f"{value:.3g}") if metric == "latency" else words.size
-        found.append({"svg": charts.pareto(dots, title=title, unit=unit, most=most, least=least), "title": title})
+        unit, scale = ("ms", 1.0) if metric == "latency" else ("MB", 1e6) if original >= 1e6 else ("KB", 1e3)
+        most = min((c.limit * (original if c.relative else 1) / scale for c in limits if c.metric == metric), default=None)
+        scaled = [dot._replace(cost=dot.cost / scale) for dot in dots]
+        title = f"{'latency' if metric == 'latency' else 'file size'}, {unit}"
+        found.append({"svg": charts.pareto(scaled, title=title, most=most, least=least), "title": title})
     return found
 
 
-def _dot(front: Front, candidate: Candidate, metric: str) -> charts.Dot | None:
-    own = candidate is front.original
-    keeps, spent = candidate.figures.get("agreement", 1.0 if own else None), candidate.figures.get(metric)
-    if keeps is None or spent is None:
-        return None
-    return charts.Dot(candidate.name, spent, keeps, "original" if own else candidate.precision, candidate.name == front.chosen)
+def _dots(front: Front, metric: str) -> list[charts.Dot]:
+    """The original and every candidate that has both figures; the original agrees with itself."""
+    dots = []
+    for candidate in (front.original, *front.candidates):
+        own = candidate is front.original
+        keeps, spent = candidate.figures.get("agreement", 1.0 if own else None), candidate.figures.get(metric)
+        if keeps is not None and spent is not None:
+            says = f"{COSTS[metric][2](spent)}, agreement {words.percent(keeps)}"
+            kind = "original" if own else candidate.precision
+            dots.append(charts.Dot(words.plain(candidate.name), spent, keeps, kind, candidate.name == front.chosen, says))
+    return dots
 
 
 def candidates(front: Front) -> list[dict[str, Any]]:
-    """Every candidate with its figures, the original first; `best` marks those no other beats in both size and latency."""
-    dots = {metric: [d for c in (front.original, *front.candidates) if (d := _dot(front, c, metric))] for metric in ("latency", "size")}
-    best = {metric: {d.name for d in charts.front_of(found)} for metric, found in dots.items() if found}
+    """Every candidate with its figures, the original first."""
     rows = []
     for candidate in (front.original, *front.candidates):
         figures = candidate.figures
-        keeps = figures.get("agreement")
         rows.append(
             {
                 "name": words.plain(candidate.name),
                 "precision": candidate.precision,
                 **{name: unit(figures[name]) if name in figures else "–" for name, (_, _, unit) in COSTS.items()},
-                "agreement": words.percent(keeps) if keeps is not None else "–",
+                "agreement": words.percent(figures["agreement"]) if "agreement" in figures else "–",
                 "n": f"{figures['n']:,.0f}" if figures.get("n") else "",
-                "best": [metric for metric in best if candidate.name in best[metric]],
                 "chosen": candidate.name == front.chosen,
-                "original": candidate is front.original,
             }
         )
     return rows
@@ -179,29 +195,60 @@ def changes(front: Front, evidence: Evidence) -> tuple[list[Change], list[Change
     for name in COSTS:
         before, after = (cost(front, evidence, name, of) for of in ("original", "student"))
         if before or after:
-            rows.append(_change(words.label(name), before, after, _compare(front, evidence, name)))
+            rows.append(_change(name, before, after, _compare(front, evidence, name), _compared(evidence, name)))
     costs = {known for names in NAMES.values() for known in names}
     for name in dict.fromkeys(figure.name for figure in evidence.figures):
-        if name in costs:
+        if name in costs or name.endswith(("_ratio", "_difference")) or _repeats(evidence, name):
             continue
         before, after = evidence.get(name, "original"), evidence.get(name)
-        change = ""
-        if before and after and after.unit == "share":
-            points = 100 * (after.value - before.value)
-            change = f"{'+' if points > 0 else words.MINUS if points < 0 else '±'}{abs(points):.1f} points"
-        (single if any(mark in name for mark in "[:/") else rows).append(_change(words.label(name), before, after, change))
+        (single if "[" in name else rows).append(_change(name, before, after, *_difference(evidence, name)))
     return rows, single
 
 
-def _change(label: str, before: Figure | None, after: Figure | None, change: str) -> Change:
-    cells = words.cell(before), words.cell(after)
+def _repeats(evidence: Evidence, name: str) -> bool:
+    """Whether it is the agreement again: for an encoder, agreeing is choosing the same cluster."""
+    main, other = evidence.get("agreement"), evidence.get(name)
+    return name != "agreement" and main is not None and other is not None and main._replace(name=name) == other
+
+
+def _difference(evidence: Evidence, name: str) -> tuple[str, str]:
+    """Student − original in points, with its interval where it was measured as a difference."""
+    measured, before, after = evidence.get(f"{name}_difference"), evidence.get(name, "original"), evidence.get(name)
+    if measured:
+        return _points(measured.value) + " points", f"{_points(measured.low)} to {_points(measured.high)}"
+    if before and after and after.unit == "share":
+        return _points(after.value - before.value) + " points", ""
+    return "", ""
+
+
+def _points(share: float) -> str:
+    text = f"{abs(100 * share):.1f}"
+    return text if float(text) == 0 else f"{'+' if share > 0 else words.MINUS}{text}"
+
+
+def _change(name: str, before: Figure | None, after: Figure | None, change: str, interval: str) -> Change:
+    """A row; n stands with the method when it is the same on both sides, else with each value."""
+    cells = [words.cell(figure) for figure in (before, after)]
+    counts = {cell.n for cell in cells if cell}
     note = next((cell.note for cell in reversed(cells) if cell), "")
-    return Change(label, *cells, change, note)
+    if len(counts) == 1 and (n := counts.pop()):
+        cells = [cell and cell._replace(n=0) for cell in cells]
+        note = f"n = {n:,}; {note}"
+    return Change(words.label(name), cells[0], cells[1], change, interval, note)
 
 
-def per_cluster(evidence: Evidence) -> list[dict[str, Any]]:
-    """Agreement in each cluster with its interval, in per cent of the axis; `broken` where the whole interval lies below the overall figure."""
+def per_cluster(evidence: Evidence) -> dict[str, Any]:
+    """Agreement in each cluster with its interval, placed in per cent of an axis that starts at a round share below all of them.
+
+    `broken` marks a cluster whose whole interval lies below the overall figure.
+    """
     overall = evidence.get("agreement")
+    start = min((math.floor(10 * float(row["low"])) / 10 for row in evidence.per_cluster), default=0.0)
+    start = min(start, 0.9)
+
+    def at(share: float) -> float:
+        return round(100 * (share - start) / (1 - start), 2)
+
     rows = []
     for row in evidence.per_cluster:
         value, low, high = (float(row[key]) for key in ("value", "low", "high"))
@@ -211,21 +258,23 @@ def per_cluster(evidence: Evidence) -> list[dict[str, Any]]:
                 "n": int(row["n"]),
                 "text": words.percent(value),
                 "interval": words.interval(low, high, "share"),
-                "at": round(100 * value, 2),
-                "low": round(100 * low, 2),
-                "span": round(100 * (high - low), 2),
+                "at": at(value),
+                "low": at(low),
+                "span": round(at(high) - at(low), 2),
                 "broken": overall is not None and high < overall.value,
             }
         )
-    return rows
+    return {"rows": rows, "start": f"{100 * start:.0f} %", "overall": at(overall.value) if overall and overall.value >= start else None}
 
 
 def emphasised(text: str) -> Markup:
-    """The sentence with its figures marked for the page's accent."""
-    import re
-
-    return Markup(re.sub(r"\d[\d.,]*(?:[×%]| (?:KB|MB|GB|%))?", lambda match: f"<b>{match[0]}</b>", str(escape(text))))
+    """The sentence with its three figures (size, ratios, share kept) marked for the page's accent, and its asides for a lighter tone."""
+    said = re.sub(r"\([^()]*\d[^()]*\)", lambda aside: f"<i>{aside[0]}</i>", str(escape(text)))
+    parts = re.split(r"(<i>.*?</i>)", said)
+    figures = r"\b\d[\d.,]*(?:×| (?:B|KB|MB|GB|%)(?!\w))"
+    return Markup("".join(part if part.startswith("<i>") else re.sub(figures, lambda found: f"<b>{found[0]}</b>", part) for part in parts))
 
 
 def checks(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(words.label(name), words.number(value)) for name, value in values.items()]
+    """How far the delivered file is from the model it was made from."""
+    return [(words.label(name), words.percent(value) if name == "equal_decisions" else f"{value:.6g}") for name, value in values.items()]

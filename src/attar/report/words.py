@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from attar.records import Figure
 
 MINUS = "−"
 LABELS = {
-    "agreement": "agreement",
-    "top1_agreement": "agreement (top-1)",
+    "agreement": "agreement with the original",
+    "agreement_worst_cluster": "agreement, lowest cluster",
     "cluster_agreement": "same cluster",
     "knn_overlap": "nearest neighbours shared",
-    "latency": "latency",
-    "latency_ms": "latency",
+    "knn_accuracy": "accuracy of a nearest-neighbour vote",
+    "embedding_cosine": "cosine of the embeddings",
+    "embedding_largest_difference": "largest difference in an embedding",
+    "items": "items checked",
+    "latency": "latency, one item",
     "size": "file size",
-    "size_bytes": "file size",
-    "parameters": "parameters",
     "macs": "multiply-accumulates",
-    "f1_macro": "F1, mean of the classes",
-    "precision_macro": "precision, mean of the classes",
-    "recall_macro": "recall, mean of the classes",
-    "clustering_acc": "clustering accuracy",
-    "acc": "clustering accuracy",
-    "nmi": "clustering NMI",
-    "ari": "clustering ARI",
+    "f1": "F1",
+    "clustering_nmi": "clustering NMI",
+    "clustering_ari": "clustering ARI",
+    "loss": "loss",
 }
-
 
 class Cell(NamedTuple):
     """One figure ready for a table: the value, its interval and what it rests on."""
 
     value: str
     interval: str
-    n: str
+    n: int  # 0 for what is only counted
     note: str
 
 
@@ -57,8 +53,8 @@ def middle(text: Any, limit: int = 36) -> str:
     whole = plain(text)
     if len(whole) <= limit:
         return whole
-    head = (limit - 1) // 2 + (limit - 1) % 2
-    head, tail = (head, limit - 1 - head)
+    tail = (limit - 1) // 2
+    head = limit - 1 - tail
     return f"{whole[:head]}…{whole[len(whole) - tail :]}"
 
 
@@ -123,14 +119,17 @@ def percent(share: float) -> str:
     return f"{value:.{digits}f} %"
 
 
+def score(value: float) -> str:
+    """A figure without a unit, such as a cosine or an index."""
+    return f"{value:.3f}".replace("-", MINUS) if abs(value) < 10 else number(value)
+
+
+UNITS = {"share": percent, "ms": milliseconds, "bytes": size, "macs": count, "parameters": count, "count": count, "ratio": lambda value: f"{number(value)}×"}
+
+
 def in_unit(value: float, unit: str) -> str:
-    """A value in the unit its record names."""
-    known = {"share": percent, "ms": milliseconds, "bytes": size, "count": count, "macs": count, "parameters": count}
-    if unit in known:
-        return known[unit](value)
-    if unit in ("ratio", "x"):
-        return f"{number(value)}×"
-    return f"{number(value)} {unit}" if unit and unit not in ("score", "index", "1", "number") else f"{value:.3f}" if abs(value) < 10 else number(value)
+    """A value in the unit its record names; a unit that is not one of measure ("cosine", "index") is not repeated."""
+    return UNITS.get(unit, score)(value)
 
 
 def interval(low: float, high: float, unit: str) -> str:
@@ -143,24 +142,22 @@ def interval(low: float, high: float, unit: str) -> str:
 
 
 def cell(figure: Figure | None) -> Cell | None:
+    """A figure for a table; what is only counted (a size, a number of parameters) has neither interval nor n."""
     if figure is None:
         return None
-    unit = _unit(figure)
-    return Cell(
-        in_unit(figure.value, unit),
-        interval(figure.low, figure.high, unit),
-        f"n = {figure.n:,}" if figure.n > 1 or figure.low != figure.high else "",
-        ", ".join(part for part in (figure.split and f"{figure.split} split", figure.method) if part),
-    )
+    exact = figure.low == figure.high and figure.n <= 1
+    return Cell(in_unit(figure.value, figure.unit), interval(figure.low, figure.high, figure.unit), *((0, "") if exact else (figure.n, note(figure))))
 
 
-def _unit(figure: Figure) -> str:
-    """The record's unit, with the quantities that are counted shown as such."""
-    return figure.name if figure.name in ("parameters", "macs") else figure.unit
+def note(figure: Figure) -> str:
+    return "; ".join(plain(part) for part in (figure.split and f"{figure.split} split", figure.method) if part)
 
 
 def label(name: str) -> str:
-    return LABELS.get(name, plain(name).replace("_", " "))
+    """A figure's name in words; "f1[cat]" is the F1 of the class cat."""
+    base, bracket, inside = plain(name).partition("[")
+    text = LABELS.get(base, base.replace("_", " "))
+    return f"{text}, {inside.removesuffix(']')}" if bracket else text
 
 
 def times(original: float, student: float, better: str, worse: str) -> str:
@@ -182,16 +179,14 @@ def _ratio(value: float) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting's value as one writes it in attar.toml; "default" words for the absent."""
+    """A setting's value as one writes it in attar.toml."""
     if value is None or value == "":
-        return "automatic"
+        return "not set"
     if isinstance(value, list | tuple):
         return ", ".join(f"{part:g}" if isinstance(part, float) else plain(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else plain(value)
 
 
-def measurement(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of measurements of any shape as text."""
-    return {
-        key: number(value) if isinstance(value, int | float) and not isinstance(value, bool) else middle(value, 60) for key, value in row.items()
-    }
+def value(item: Any) -> str:
+    """One value of a row of measurements, whatever it is."""
+    return number(item) if isinstance(item, int | float) and not isinstance(item, bool) else middle(item, 60)

@@ -1,0 +1,176 @@
+"""The command line: one thin command per verb. stdout is data, stderr is for people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attar
+from attar.config import Option, build_config, options
+from attar.errors import AttarError, BudgetNotReached
+
+STAGES = {
+    "scan": "read every item, set aside what is broken, split by content",
+    "embed": "turn items into vectors, with a given model or one learned from them",
+    "cluster": "group the vectors",
+    "curate": "find duplicates, outliers and a balanced core set",
+    "augment": "find how strongly items can be transformed",
+    "train": "settle the original that is compressed",
+    "compress": "prune, repair, distil and quantise to the budget",
+    "evaluate": "measure on items nothing has seen",
+    "export": "write RUN/model",
+    "report": "write RUN/report.html",
+}
+EXAMPLES = {
+    "run": """examples:
+  attar run photos/                                          learn a model from the photos themselves
+  attar run photos/ --model hf:facebook/dinov2-small         start from a pretrained model (hub id or folder)
+  attar run images/ --model net.py:resnet56 --weights net.safetensors --budget "latency<=0.5x, agreement>=0.98" --minutes 15
+  attar run images/ --labels folders                         also judge with labels (never learn from them)""",
+    "init": "example:\n  attar init && attar run photos/        settings in ./attar.toml are picked up",
+    "status": "example:\n  attar status attar-runs/photos",
+    "predict": "example:\n  attar predict attar-runs/photos/model new/*.jpg --json",
+}
+INTERRUPTED = 130
+
+
+def _example(stage: str) -> str:
+    return f"example:\n  attar {stage} attar-runs/photos        goes on from what is done there; flags change its settings"
+
+
+def _add_settings(parser: argparse.ArgumentParser, skip: Sequence[str]) -> None:
+    """A flag for every setting, under the headings of attar.toml; absent flags stay absent, so that files and defaults apply."""
+    groups: dict[str, Any] = {}
+    for option in options().values():
+        if option.name in skip:
+            continue
+        if option.section not in groups:
+            groups[option.section] = parser.add_argument_group(f"[{option.section}]")
+        shown = "" if option.default in (None, "") else f" (default: {option.default})"
+        flag, text = f"--{option.name.replace('_', '-')}", option.text.replace("%", "%%") + shown
+        extra = {"nargs": "+"} if _is_tuple(option) else {}
+        groups[option.section].add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text, metavar=option.name.upper(), **extra)
+    parser.add_argument("--config", metavar="FILE", help="settings file (default: ./attar.toml where there is one; attar init writes it)")
+
+
+def _is_tuple(option: Option) -> bool:
+    return any(typing.get_origin(kind) is tuple for kind in typing.get_args(option.type))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line; docs/cli.md is made from it."""
+    parser = argparse.ArgumentParser(prog="attar", description="Unlabelled data in, a small fast model out, with proof.")
+    parser.add_argument("--version", action="version", version=f"attar {attar.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def add(verb: str, text: str, epilog: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(verb, help=text, description=f"attar {verb}: {text}.", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+        return made
+
+    run = add("run", "everything, from a folder of items to a small model and its report", EXAMPLES["run"])
+    run.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=options()["data"].text)
+    _add_settings(run, skip=["data"])
+    run.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    for stage, text in STAGES.items():
+        made = add(stage, text, _example(stage))
+        made.add_argument("run", metavar="RUN", help="run folder; a new one needs --data")
+        _add_settings(made, skip=["out"])
+        made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
+    predict = add("predict", "cluster and class of images, by the small model", EXAMPLES["predict"])
+    predict.add_argument("model", metavar="MODEL", help="RUN/model, or an .onnx file attar made")
+    predict.add_argument("files", nargs="+", metavar="FILE", help="images or folders")
+    predict.add_argument("--threads", type=int, default=1, help="threads of the model (default: 1)")
+    init = add("init", "write a commented attar.toml with every setting", EXAMPLES["init"])
+    init.add_argument("path", nargs="?", default="attar.toml", help="file to write; an existing one is never touched")
+    return parser
+
+
+def _settings(given: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Flags by setting name, and the settings file that applies."""
+    flags = {name: value for name, value in vars(given).items() if name in options()}
+    file = Path(given.config) if given.config else Path("attar.toml") if Path("attar.toml").is_file() else None
+    if file and not given.config and not given.quiet:
+        print(f"attar: settings from {file}", file=sys.stderr)
+    return flags, file
+
+
+def _print(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str) if as_json else text)
+
+
+def _run(given: argparse.Namespace) -> None:
+    flags, file = _settings(given)
+    config = build_config(flags, file)
+    from attar.pipeline import Run, run_config  # heavy: torch and the stages
+
+    try:
+        result, missed = run_config(config, quiet=given.quiet), None
+    except BudgetNotReached as error:
+        result, missed = Run(config.out), error
+    report = result.root / "report.html"
+    body = {"run": str(result.root), "report": str(report), "model": str(result.root / "model"), "result": result.sentence}
+    body |= {"budget_met": missed is None, "stages_run": result.ran, "figures": [figure._asdict() for figure in result["evaluate"].figures]}
+    _print(body, given.json, f"{result.sentence}\nReport: {report}")
+    if missed:
+        raise missed
+
+
+def _stage(given: argparse.Namespace) -> None:
+    flags, file = _settings(given)
+    from attar.pipeline import continue_config, run_config, status
+
+    missed = None
+    try:
+        run_config(continue_config(given.run, flags, file), until=given.verb, quiet=given.quiet)
+    except BudgetNotReached as error:
+        missed = error
+    row = next(row for row in status(given.run)["stages"] if row["stage"] == given.verb)
+    _print(row, given.json, "\n".join([f"{given.verb}: {row['state']}, {row['seconds']} s", *row["notes"]]))
+    if missed:
+        raise missed
+
+
+def _status(given: argparse.Namespace) -> None:
+    body = attar.status(given.run)
+    lines = [f"{row['stage']:10} {row['state']:12} {'' if row['seconds'] is None else str(row['seconds']) + ' s'}".rstrip() for row in body["stages"]]
+    _print(body, given.json, "\n".join([f"{body['run']}: a run of {body['data']}", *lines, *filter(None, [body["result"]])]))
+
+
+def _predict(given: argparse.Namespace) -> None:
+    rows = attar.predict(given.model, given.files, threads=given.threads)
+    lines = ["\t".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()) for row in rows]
+    _print(rows, given.json, "\n".join(lines))
+
+
+def _init(given: argparse.Namespace) -> None:
+    path = attar.init(given.path)
+    _print({"path": str(path)}, given.json, f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad usage, 3 budget not reached, 130 interrupted."""
+    given = make_parser().parse_args(arguments)
+    verbs = {"run": _run, "status": _status, "predict": _predict, "init": _init}
+    try:
+        verbs.get(given.verb, _stage)(given)
+    except AttarError as error:
+        print(f"attar: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nattar: interrupted; nothing is lost: the same command resumes where this one stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout went away (| head): not our failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

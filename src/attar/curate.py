@@ -1,0 +1,360 @@
+"""Which items to learn from: duplicates, outliers and redundant ones are dropped, each with a reason and a witness.
+
+The witness of a dropped item is the kept item that stands for it; `weight` counts for how many items a kept one stands.
+Splits never decide about each other: an item's witness is in its own split. What validation and test share with the
+training split is only marked, as a leak.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.spatial.distance import cdist
+
+from attar import config
+from attar.cluster import place, unit
+from attar.records import SELECTION_SCHEMA, SPLITS, Clusters, Items, Selection, Vectors
+from attar.workspace import Job
+
+BLOCK = 2048  # items compared with as many others at once: two float32 tables of 16 MB
+ROUNDING = 1e-6  # of float32 scalar products: equal vectors must reach a threshold of 1
+FLAT = 2.0  # grey levels of standard deviation under which a correlation is one of noise
+CAP = 0.05  # largest share of the training split dropped as outliers
+
+
+def thumbnails_agree(a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
+    """Which thumbnails show the same: (m, t), (n, t) uint8 → (m, n) bool.
+
+    Pearson correlation ≥ threshold; where either has almost no contrast (standard deviation under 2 grey levels) its
+    correlation is one of noise, so there the mean absolute difference must be at most 2 grey levels instead.
+    """
+
+    def standard(thumbs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        centred = thumbs.astype(np.float32) - thumbs.mean(1, keepdims=True, dtype=np.float32)
+        deviation = centred.std(1, keepdims=True)
+        return centred / np.maximum(deviation * np.sqrt(np.float32(thumbs.shape[1])), 1e-6), deviation[:, 0] < FLAT
+
+    (left, flat_left), (right, flat_right) = standard(a), standard(b)
+    agree = left @ right.T >= threshold - ROUNDING
+    agree[flat_left] = cdist(a[flat_left], b, "cityblock") <= FLAT * a.shape[1]
+    agree[:, flat_right] = cdist(a, b[flat_right], "cityblock") <= FLAT * a.shape[1]
+    return agree
+
+
+def near_duplicates(a: np.ndarray, b: np.ndarray, thumbs_a: np.ndarray, thumbs_b: np.ndarray, threshold: float) -> np.ndarray:
+    """Cosine similarity of near duplicates, −2 for all other pairs: (m, d), (n, d) unit vectors → (m, n) float32.
+
+    Near duplicates are pairs whose cosine similarity reaches the threshold and whose thumbnails agree: the vector alone joins
+    different things of one kind, the thumbnail alone different things of one outline.
+    """
+    similarity = a @ b.T
+    near = similarity >= threshold - ROUNDING
+    rows, columns = near.any(1), near.any(0)
+    if rows.any():
+        near[np.ix_(rows, columns)] &= thumbnails_agree(thumbs_a[rows], thumbs_b[columns], threshold)
+    return np.where(near, similarity, np.float32(-2))
+
+
+def pick_leaders(similarity: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """Which items stand for themselves, in order: (m, m) of near_duplicates, (m,) bool → (m,) bool.
+
+    A free item is a leader unless an earlier leader is its near duplicate.
+    """
+    leader = free.copy()
+    for row in range(len(leader)):
+        if leader[row]:
+            leader[row + 1 :] &= similarity[row, row + 1 :] < -1
+    return leader
+
+
+def water_fill(sizes: np.ndarray, total: int) -> np.ndarray:
+    """Quotas that are as equal as the sizes allow: (k,) int, sum → (k,) int with quota ≤ size, Σ quota = min(total, Σ size).
+
+    Small groups keep all; what remains over is shared equally by the others, the odd ones going to the lowest numbers.
+    Example: water_fill([2, 10, 10], 13) = [2, 6, 5].
+    """
+    quotas = np.zeros(len(sizes), np.int64)
+    left = min(int(total), int(np.sum(sizes)))
+    while left:
+        open_ = np.flatnonzero(quotas < sizes)
+        share = max(left // len(open_), 1)
+        given = np.minimum(sizes[open_] - quotas[open_], share)[:left]
+        quotas[open_[: len(given)]] += given
+        left -= int(given.sum())
+    return quotas
+
+
+def farthest_first(points: np.ndarray, count: int, start: int) -> np.ndarray:
+    """Greedy k-centre cover (Gonzalez 1985): each point's nearest chosen point, (m, p) float → (m,) int; chosen ones have themselves.
+
+    Begins with `start` and adds `count` − 1 times the point farthest from those chosen (the first of equally far ones); the
+    largest distance to a chosen point is at most twice the smallest possible one.
+    """
+    nearest = np.full(len(points), start)
+    distance = ((points - points[start]) ** 2).sum(1)
+    distance[start] = -1
+    for _ in range(count - 1):
+        new = int(distance.argmax())
+        fresh = ((points - points[new]) ** 2).sum(1)
+        nearest[fresh < distance] = new
+        nearest[new] = new
+        distance = np.minimum(distance, fresh)
+        distance[new] = -1
+    return nearest
+
+
+def resolve(witness: np.ndarray) -> np.ndarray:
+    """The end of each row's chain of witnesses: (n,) row numbers, −1 for rows that stand for themselves → (n,) row numbers."""
+    end = np.where(witness < 0, np.arange(len(witness)), witness)
+    while not np.array_equal(end, further := end[end]):
+        end = further
+    return end
+
+
+class _Units(NamedTuple):
+    """Unit vectors on disk in the order they are compared, so that any block is read alone."""
+
+    path: Path
+    dim: int
+    rows: np.ndarray  # (u,) table row of each position
+    position: np.ndarray  # (n,) position of each table row, −1 for exact duplicates
+
+    def read(self, index: slice | np.ndarray) -> np.ndarray:
+        return np.array(np.memmap(self.path, np.float32, "r").reshape(-1, self.dim)[index])
+
+
+def _comparison_order(items: Items, distinct: np.ndarray) -> np.ndarray:
+    """Rows of the distinct items, split after split; in each the ones to be kept first: most pixels, then most bytes, then lowest id.
+
+    So of a photo and its thumbnails the photo stays, and of a slow pan every frame that differs from the last one kept.
+    """
+    split = np.array([SPLITS.index(name) for name in items.column("split")])
+    pixels = items.column("width").astype(np.int64) * items.column("height")
+    order = np.lexsort((items.ids(), -items.column("bytes"), -pixels, split))
+    return order[distinct[order]]
+
+
+def _write_units(items: Items, vectors: Vectors, distinct: np.ndarray, job: Job) -> _Units:
+    rows = _comparison_order(items, distinct)
+    position = np.full(len(items), -1)
+    position[rows] = np.arange(len(rows))
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        start = 0
+        with (folder / "vectors.f32").open("wb") as stream, job.progress(len(items), "normalising vectors") as bar:
+            for ids, values in vectors.batches():
+                for target, row in zip(position[start : start + len(ids)].tolist(), unit(values), strict=True):
+                    if target >= 0:
+                        stream.seek(target * row.nbytes)
+                        stream.write(row.tobytes())
+                start += len(ids)
+                bar.update(len(ids))
+
+    return _Units(job.build("units", write) / "vectors.f32", vectors.dim, rows, position)
+
+
+def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterator[pa.Table]:
+    """Per block of positions: the position that stands for each item (its own for leaders), and whether it leaks.
+
+    Exact, over all pairs: an item is compared with every earlier leader of its split, so no two leaders are near duplicates and
+    every other item is a near duplicate of its leader (the most similar one); a connected group, as of a panning camera, is not
+    collapsed into one. Validation and test items are also compared with every training item, kept or not: what comes before
+    curation (`self` encoders) has seen them all. Two blocks of vectors and one decision per item are all that is held.
+    """
+    thumbs = items.table["thumb"]
+    split = items.column("split")[units.rows]
+    edges = np.r_[np.flatnonzero(np.r_[True, split[1:] != split[:-1]]), len(split)]
+    blocks = [slice(i, min(i + BLOCK, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BLOCK)]
+    leader = np.arange(len(split))
+
+    def load(index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        grey = thumbs.take(units.rows[index]).to_pylist()
+        return units.read(index), np.frombuffer(b"".join(grey), np.uint8).reshape(len(grey), -1)
+
+    def compare(block: slice, before: list[slice]) -> pa.Table:
+        own = load(block)
+        own_leader, best = np.arange(block.start, block.stop), np.full(block.stop - block.start, -2, np.float32)
+        leak = np.zeros(len(best), bool)
+        for other in before:
+            same = split[other.start] == split[block.start]
+            index = np.arange(other.start, other.stop)
+            index = index[leader[index] == index] if same else index
+            if not len(index):
+                continue
+            other_vectors, other_thumbs = load(index)
+            near = near_duplicates(other_vectors, own[0], other_thumbs, own[1], threshold)
+            if same:
+                better = near.max(0) > best
+                own_leader[better] = index[near.argmax(0)[better]]
+                best = np.maximum(best, near.max(0))
+            else:
+                leak |= near.max(0) > -2
+        near = near_duplicates(own[0], own[0], own[1], own[1], threshold)
+        leads = pick_leaders(near, best == -2)
+        near = np.where(np.triu(np.broadcast_to(leads[:, None], near.shape), 1), near, np.float32(-2))
+        better = ~leads & (near.max(0) > best)
+        own_leader[better] = block.start + near.argmax(0)[better]
+        return pa.table({"leader": own_leader, "leak": leak})
+
+    plan = [(block, [b for b in blocks[:number] if split[b.start] in ("train", split[block.start])]) for number, block in enumerate(blocks)]
+    with job.progress(sum(len(before) + 1 for _, before in plan), "near duplicates", "blocks") as bar:
+        for number, (block, before) in enumerate(plan):
+            found = job.shard(number, functools.partial(compare, block, before))
+            leader[block] = found["leader"].to_numpy()
+            bar.update(len(before) + 1)
+            yield found
+
+
+class _Decisions:
+    """Reason and witness of every row so far; a row without a reason stands."""
+
+    def __init__(self, items: Items) -> None:
+        self.train = items.column("split") == "train"
+        self.reason = np.full(len(items), "", object)
+        self.witness = np.full(len(items), -1)
+
+    def drop(self, rows: np.ndarray, reason: str, witness: np.ndarray | int) -> None:
+        self.reason[rows] = reason
+        self.witness[rows] = witness
+
+    @property
+    def standing(self) -> np.ndarray:
+        return self.reason == ""
+
+
+def _drop_exact(items: Items, decisions: _Decisions) -> None:
+    """Equal content in one split: the lowest id stays."""
+    content, split = (np.unique(items.column(name), return_inverse=True)[1] for name in ("content", "split"))
+    _, first, group = np.unique(content * len(SPLITS) + split, return_index=True, return_inverse=True)
+    copies = first[group] != np.arange(len(items))
+    decisions.drop(copies, "exact duplicate", first[group][copies])
+
+
+def _drop_near(items: Items, units: _Units, settings: config.Curate, decisions: _Decisions, job: Job) -> np.ndarray:
+    """Drops near duplicates of a leader; returns which validation and test rows leak, shared by all that stand for each other."""
+    found = pa.concat_tables(list(_compare(items, units, settings.near_duplicate, job)))
+    leader = found["leader"].to_numpy()
+    dropped = leader != np.arange(len(leader))
+    decisions.drop(units.rows[dropped], "near duplicate", units.rows[leader[dropped]])
+    leak = np.zeros(len(items), bool)
+    leak[units.rows] = found["leak"].to_numpy()
+    content = np.unique(items.column("content"), return_inverse=True)[1]
+    leak |= ~decisions.train & np.isin(content, content[decisions.train])
+    end = resolve(decisions.witness)
+    shared = np.zeros(len(items), bool)
+    shared[end[leak]] = True
+    return shared[end]
+
+
+def _drop_outliers(items: Items, clusters: Clusters, settings: config.Curate, decisions: _Decisions, job: Job) -> None:
+    """Training items with a score above the cut, the farthest first, with their duplicates, up to the cap.
+
+    Their witness is the medoid of their cluster; what a medoid stands by is never dropped, so no cluster is emptied.
+    """
+    end = resolve(decisions.witness)
+    medoid = end[np.searchsorted(items.ids(), clusters.medoids)]
+    score = clusters.column("outlier")
+    far = decisions.train & decisions.standing & (score > settings.outlier_cut)
+    far[medoid] = False
+    rows = np.flatnonzero(far)
+    rows = rows[np.lexsort((rows, -score[rows]))]
+    sizes = np.bincount(end, minlength=len(items))[rows]
+    allowed = int(CAP * decisions.train.sum())
+    taken, left = [], allowed
+    for row, size in zip(rows.tolist(), sizes.tolist(), strict=True):  # one too often copied to fit does not shield the others
+        if size <= left:
+            taken.append(row)
+            left -= size
+    if len(taken) < len(rows):
+        job.say(
+            f"{sizes.sum()} training items have an outlier score above {settings.outlier_cut:g}, more than the {CAP:.0%} of the split "
+            f"that may be dropped as outliers: only the farthest, at most {allowed}, are"
+        )
+    group = np.isin(end, taken)
+    decisions.drop(group, "outlier", medoid[clusters.column("cluster")[end[group]]])
+
+
+def _drop_redundant(vectors: Vectors, clusters: Clusters, settings: config.Curate, decisions: _Decisions, job: Job) -> None:
+    """Keeps a balanced core set of the share asked for, at least one item of each cluster; the others have the nearest kept one."""
+    rows = np.flatnonzero(decisions.train & decisions.standing)
+    label = clusters.column("cluster")[rows]
+    sizes = np.bincount(label, minlength=clusters.count)
+    quotas = water_fill(sizes, max(round(settings.keep_share * len(rows)), int((sizes > 0).sum())))
+    if (quotas == sizes).all():
+        return
+    points, _ = place(vectors, clusters.head.mean, clusters.head.projection, job)
+    centre = clusters.column("distance")
+    with job.progress(len(rows), "core set") as bar:
+        for number in np.flatnonzero(quotas < sizes):
+            members = rows[label == number]
+
+            def cover(members: np.ndarray = members, quota: int = int(quotas[number])) -> pa.Table:
+                return pa.table({"nearest": farthest_first(points[members], quota, int(centre[members].argmin()))})
+
+            nearest = job.once(f"core-{number:05d}.parquet", cover)["nearest"].to_numpy()
+            dropped = nearest != np.arange(len(members))
+            decisions.drop(members[dropped], "redundant", members[nearest[dropped]])
+            bar.update(len(members))
+
+
+def _similarity(vectors: Vectors, units: _Units, witness: np.ndarray) -> np.ndarray:
+    """Cosine similarity of every row to its witness's row, (n,) float32; 1 for rows that are their own."""
+    out = np.ones(len(witness), np.float32)
+    start = 0
+    for ids, values in vectors.batches():
+        rows = np.arange(start, start := start + len(ids))
+        other = witness[rows] != rows
+        pairs = units.read(units.position[witness[rows[other]]])
+        out[rows[other]] = np.einsum("nd,nd->n", unit(values[other]), pairs)
+    return out
+
+
+def _funnel(decisions: _Decisions, leak: np.ndarray) -> str:
+    train, held = decisions.reason[decisions.train], decisions.reason[~decisions.train]
+    steps = " → ".join(
+        f"{word} {int(np.isin(train, reasons).sum())}"
+        for word, reasons in (
+            ("exact duplicates", ["exact duplicate"]),
+            ("near duplicates", ["near duplicate"]),
+            ("outliers", ["outlier"]),
+            ("redundant", ["redundant"]),
+            ("kept", [""]),
+        )
+    )
+    return f"train {len(train)} → {steps}; validation and test {len(held)}: duplicates {int((held != '').sum())}, leaks {int(leak.sum())}"
+
+
+def curate(items: Items, vectors: Vectors, clusters: Clusters, settings: config.Curate, job: Job) -> Selection:
+    """Decides for every item whether it is kept, and if not why and what stands for it.
+
+    In this order: exact duplicates and near duplicates (in every split), outliers, redundant items (in the training split only).
+    Σ weight of a split = its items − those dropped as outliers. similarity is 1 and witness −1 for kept items. leak marks
+    validation and test items with a (near) duplicate in the training split, and those they stand for: keep is not changed by it.
+    """
+    decisions = _Decisions(items)
+    _drop_exact(items, decisions)
+    units = _write_units(items, vectors, decisions.standing, job)
+    leak = _drop_near(items, units, settings, decisions, job)
+    _drop_outliers(items, clusters, settings, decisions, job)
+    _drop_redundant(vectors, clusters, settings, decisions, job)
+    end = resolve(decisions.witness)
+    weight = np.bincount(end[decisions.reason != "outlier"], minlength=len(items)).astype(np.float32)
+    columns = {
+        "id": items.ids(),
+        "keep": decisions.standing,
+        "reason": decisions.reason,
+        "witness": np.where(decisions.standing, -1, items.ids()[end]),
+        "similarity": _similarity(vectors, units, end),
+        "weight": weight,
+        "leak": leak,
+    }
+    job.say(_funnel(decisions, leak))
+    thresholds = {"near_duplicate": settings.near_duplicate, "outlier_cut": settings.outlier_cut, "keep_share": settings.keep_share}
+    return Selection(table=pa.table(columns, schema=SELECTION_SCHEMA), thresholds=thresholds | {"outlier_cap": CAP})

@@ -1,0 +1,126 @@
+"""THE SPINE: from a folder of unlabelled items to a small model and its evidence, one stage after the other.
+
+    scan → embed → cluster → curate → augment → train → compress → evaluate → export → report
+
+Each line of SPINE says what makes a stage, from which records and which settings. The run folder decides what is done
+already; everything else is in the stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attar import records as r
+from attar.augment.policy import augment
+from attar.cluster import cluster
+from attar.compress.search import compress
+from attar.config import Config, build_config, flatten, read_toml
+from attar.curate import curate
+from attar.data import absolute
+from attar.embed import embed
+from attar.errors import BudgetNotReached, UsageError, WorkspaceError
+from attar.evaluate import evaluate
+from attar.export import export
+from attar.formats import read_json
+from attar import labels
+from attar.models import sources
+from attar.report.page import report
+from attar.scan import fingerprint, scan
+from attar.train import train
+from attar.workspace import Stage, Workspace
+
+SPINE: dict[str, Stage] = {
+    "scan": Stage(make=scan, record=r.Items, settings=("data",), fingerprint=fingerprint),
+    "embed": Stage(make=embed, record=r.Vectors, needs=("scan",), settings=("model", "embed", "augment"), fingerprint=sources.fingerprint),
+    "cluster": Stage(make=cluster, record=r.Clusters, needs=("scan", "embed"), settings=("cluster",)),
+    "curate": Stage(make=curate, record=r.Selection, needs=("scan", "embed", "cluster"), settings=("curate",)),
+    "augment": Stage(make=augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment",)),
+    "train": Stage(make=train, record=r.Model, needs=("scan", "embed", "cluster", "curate", "augment"), settings=("train", "embed")),
+    "compress": Stage(make=compress, record=r.Front, needs=("scan", "cluster", "curate", "augment", "train"), settings=("compress",)),
+    "evaluate": Stage(make=evaluate, record=r.Evidence, needs=("scan", "cluster", "curate", "train", "compress"), settings=("evaluate",), fingerprint=labels.fingerprint),
+    "export": Stage(make=export, record=r.Export, needs=("scan", "train", "compress", "evaluate")),
+    "report": Stage(
+        make=lambda *given: _report(*given),
+        record=r.Page,
+        needs=("scan", "embed", "cluster", "curate", "augment", "train", "compress", "evaluate", "export"),
+        settings=tuple(item.name for item in dataclasses.fields(Config) if item.name != "setup"),
+    ),
+}
+
+
+def _report(*given: Any) -> r.Page:
+    """The report is told everything: the records of all stages, all settings, and how the stages went."""
+    needs = len(SPINE["report"].needs)
+    records, sections, job = given[:needs], given[needs:-1], given[-1]
+    settings = {"seed": job.seed} | {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
+    return report(*records, settings, job.history, job)
+
+
+class Run:
+    """A run folder as Python sees it: `run.sentence`, and every record under the name of its stage, `run["clusters"]`."""
+
+    def __init__(self, root: str | Path, ran: tuple[str, ...] = ()) -> None:
+        self.root = Path(root)
+        self.ran = ran
+        """Stages that did work in the call that returned this."""
+
+    def __getitem__(self, stage: str) -> Any:
+        """The record of a finished stage; raises WorkspaceError when it is not finished, UsageError when there is no such stage."""
+        if stage not in SPINE:
+            raise UsageError(f"{stage!r} is not a stage; the stages are {', '.join(SPINE)}")
+        return Workspace(self.root, SPINE).load(stage)
+
+    @property
+    def sentence(self) -> str:
+        """The result in one sentence with its figures."""
+        return self["report"].sentence
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.root)!r})"
+
+
+def run_config(config: Config, *, until: str = "report", quiet: bool = False) -> Run:
+    """Takes a run to a stage; what is finished and unchanged is not done again.
+
+    Raises BudgetNotReached, after everything else is done, when no candidate met the budget.
+    """
+    sources.kind_of(config.model.model)
+    stages = list(SPINE)[: list(SPINE).index(until) + 1]
+    with Workspace(config.out, SPINE) as space:
+        space.claim(absolute(config.data.data), flatten(config))
+        for name in stages:
+            space.run(name, config, quiet=quiet)
+        front: r.Front | None = space.load("compress") if "compress" in stages else None
+    if front is not None and not front.met:
+        raise BudgetNotReached(f"budget {front.budget!r} not reached: {front.reason}. The best result is in {config.out}")
+    return Run(config.out, tuple(space.ran))
+
+
+def continue_config(run: str | Path, given: Mapping[str, Any], file: str | Path | None = None) -> Config:
+    """Settings for a verb on a run folder: those of its last command, under those of a file, under those given."""
+    settings = Path(run) / "settings.json"
+    known = read_json(settings) if settings.is_file() else {}
+    if not known and "data" not in given and file is None:
+        raise UsageError(f"{run}: is not a run folder (no settings.json); name an existing one, or what to read with --data")
+    if file is not None:
+        known |= read_toml(Path(file))
+    return build_config(known | dict(given) | {"out": str(run)})
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    """What is done in a run folder: state, seconds and notes of every stage, and the result's sentence when there is one."""
+    root = Path(run)
+    if not (root / "run.json").is_file():
+        raise WorkspaceError(f"{root}: is not a run folder of attar (no run.json)")
+    space = Workspace(root, SPINE)
+    rows = []
+    for name in SPINE:
+        manifest = space.manifest(name)
+        half = any((root / ".partial").glob(f"{name}-*"))
+        state = "half done" if half else "done" if manifest else "not started"
+        rows.append({"stage": name, "state": state, "seconds": manifest and manifest["seconds"], "notes": manifest["notes"] if manifest else []})
+    finished = space.manifest("report") is not None
+    return {"run": str(root), **read_json(root / "run.json"), "stages": rows, "result": space.load("report").sentence if finished else None}

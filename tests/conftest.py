@@ -1,0 +1,71 @@
+"""Made data that tests share."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attar.config import Data
+from attar.records import Items
+from attar.scan import scan
+from attar.workspace import Job
+
+KINDS = ("stripes", "discs", "noise")
+
+
+def make_image(kind: str, seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """A small RGB image of one of three kinds that differ to the eye; images of one kind differ by seed."""
+    rng = np.random.default_rng([KINDS.index(kind), seed])
+    y, x = np.mgrid[:height, :width]
+    if kind == "stripes":
+        shape = (x * rng.uniform(0.5, 1) + y * rng.uniform(-0.2, 0.2)) // rng.integers(3, 6) % 2
+    elif kind == "discs":
+        shape = np.hypot(x - rng.uniform(0.3, 0.7) * width, y - rng.uniform(0.3, 0.7) * height) < rng.uniform(6, 14)
+    else:
+        shape = rng.random((height, width)) < rng.uniform(0.2, 0.8)
+    dark, light = rng.integers(0, 90, 3), rng.integers(150, 256, 3)
+    pixels = np.where(shape[..., None] > 0, light, dark) + rng.integers(-8, 9, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def make_folder(folder: Path, per_kind: int = 20, suffix: str = ".png") -> Path:
+    """A folder KIND/NUMBER.png for each kind."""
+    for kind in KINDS:
+        (folder / kind).mkdir(parents=True)
+        for seed in range(per_kind):
+            make_image(kind, seed).save(folder / kind / f"{seed:03d}{suffix}")
+    return folder
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises many pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 distinct PNG images of three kinds in three subfolders; not to be changed."""
+    return make_folder(tmp_path_factory.mktemp("made") / "photos")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Job]:
+    """Makes a quiet Job with a folder of its own for a stage's name."""
+    return lambda name="stage", **options: Job(name, tmp_path / "jobs" / name, **{"quiet": True, **options})
+
+
+@pytest.fixture(scope="session")
+def items(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Items:
+    """The scan of `photos`."""
+    return scan(Data(data=str(photos)), Job("scan", tmp_path_factory.mktemp("scan"), quiet=True))
