@@ -315,12 +315,12 @@ def test_vectors_without_a_direction_are_named(tmp_path, digits):
 
 def test_identical_images_and_a_collapsed_encoder_are_told_apart(tmp_path, digits):
     same = np.repeat(digits[0][:1], 50, 0)
-    with pytest.raises(DataError, match="the 40 training images show the same pixels; .* add other images"):
+    with pytest.raises(DataError, match=r"the 40 training images show the same pixels; .* add other images"):
         run(same, tmp_path, make_items(50, content=["one"] * 50))
-    with pytest.raises(DataError, match="gives all 40 training images the same vector .* collapsed; .* --self-steps"):
+    with pytest.raises(DataError, match=r"gives all 40 training images the same vector .* collapsed; .* --self-steps"):
         run(same.astype(np.float16), tmp_path)
 
 
 def test_more_clusters_than_items_are_refused(tmp_path, digits):
-    with pytest.raises(UsageError, match="clusters: 30; there are 16 different training items, .* at most 16, or 0"):
+    with pytest.raises(UsageError, match=r"clusters: 30; there are 16 different training items, .* at most 16, or 0"):
         run(digits[0][:20], tmp_path, clusters=30)

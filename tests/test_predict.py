@@ -17,7 +17,7 @@ from PIL import Image
 from attar import runtime
 from attar.errors import ModelError, UsageError
 from attar.modalities.image import resize_crop
-from attar.predict import predict
+from attar.inference import predict
 from attar.records import Preprocess
 
 PLAIN = Preprocess(size=(8, 8), resize_shortest=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -162,7 +162,7 @@ def test_files_that_do_not_say_how_to_feed_them_are_refused(tmp_path: Path, know
 def test_torch_stays_out(tmp_path: Path) -> None:
     path, image = student(tmp_path / "student.onnx"), photo(tmp_path / "a.png", 2)
     code = (
-        "import sys; from attar.predict import predict; answer = predict(sys.argv[1], sys.argv[2:], quiet=True);"
+        "import sys; from attar.inference import predict; answer = predict(sys.argv[1], sys.argv[2:], quiet=True);"
         "print(answer[0]['label'], [m for m in ('torch', 'sklearn', 'scipy', 'onnx') if m in sys.modules])"
     )
     home = str(Path(runtime.__file__).parents[1])

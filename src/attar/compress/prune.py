@@ -38,7 +38,8 @@ def _is_depthwise(module: nn.Module) -> bool:
 def _graph(network: nn.Module, example: Tensor) -> tp.DependencyGraph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return tp.DependencyGraph().build_dependency(network, example_inputs=example, verbose=False)
+        made = tp.DependencyGraph()
+        return made.build_dependency(network, example, output_transform=lambda outputs: [o for o in outputs if o is not None], verbose=False)
 
 
 def find_groups(network: Network, example: Tensor) -> list[Group]:

@@ -65,7 +65,9 @@ def spots(vectors: Vectors, clusters: Clusters, job: Job) -> Spots:
         ids = np.sort(np.concatenate([np.unique(clusters.medoids), drawn]))
     values = np.asarray(project(vectors.rows(ids), clusters.head), np.float64)
     numbers = clusters.column("cluster")[np.searchsorted(clusters.column("id"), ids)]
-    points = charts.fit(_plane(values, job.seed), *MAP, 28)
+    with job.progress(1, "laying out the map", "maps") as bar:
+        points = charts.fit(_plane(values, job.seed), *MAP, 28)
+        bar.update()
     medoids = [int(row) for row in np.searchsorted(ids, np.unique(clusters.medoids))]
     return Spots(ids, numbers, points, charts.place(points, medoids, TILE + 4, 110))
 
@@ -75,11 +77,12 @@ def _plane(values: np.ndarray, seed: int) -> np.ndarray:
     spread = values - values.mean(axis=0)
     if len(values) < 8 or np.allclose(spread, 0):
         return np.pad(spread, ((0, 0), (0, max(0, 2 - spread.shape[1]))))[:, :2]
-    start = np.linalg.svd(spread, full_matrices=False)
-    init = np.pad(start.U[:, :2] * start.S[:2], ((0, 0), (0, max(0, 2 - start.U.shape[1]))))
-    init = init / max(init[:, 0].std(), 1e-12) * 1e-4  # the scale the method's authors advise, so that no pair starts far apart
     with threadpool_limits(1):
-        return TSNE(perplexity=min(30, (len(values) - 1) / 3), init=init.astype(np.float32), random_state=seed, n_jobs=1).fit_transform(values)
+        u, scale, _ = np.linalg.svd(spread, full_matrices=False)
+        start = np.pad(u[:, :2] * scale[:2], ((0, 0), (0, max(0, 2 - u.shape[1]))))
+        start *= 1e-4 / start[:, 0].std()  # the scale the method's authors advise, so that no pair starts far apart
+        layout = TSNE(perplexity=min(30, (len(values) - 1) / 3), init=start.astype(np.float32), random_state=seed, n_jobs=1)
+        return layout.fit_transform(values)
 
 
 def draw_map(found: Spots, album: Album, sample_of: int) -> dict[str, Any]:

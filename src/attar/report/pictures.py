@@ -20,7 +20,7 @@ from attar.workspace import Job
 
 SIDE = 128  # pixels of a picture in a gallery
 LARGE = 220  # of the item in the middle of a cluster
-SMALL = 48  # pixels of a picture on the map
+SMALL = 72  # of a picture on the map, as wide again as it is drawn
 TYPICAL, BORDER = 5, 5  # pictures in a gallery besides the medoid
 VIEWS = 6
 
