@@ -146,11 +146,19 @@ def test_candidate_counts_ascend_to_the_largest(most):
     assert len(counts) < 45
 
 
+def fit_labels(points: np.ndarray, k: int) -> np.ndarray:
+    return cdist(points, fit_centroids(points, k, np.random.default_rng(0))).argmin(1)
+
+
 @pytest.mark.parametrize(("natural", "others"), [(3, (2, 4, 6)), (8, (4, 7, 9, 12))])
 def test_score_is_highest_at_the_natural_number(natural, others):
     points = make_blobs(600, 8, centers=natural, cluster_std=1.5, random_state=natural)[0].astype(np.float32)
     score = {k: score_count(points[100:], points[:100], k, np.random.default_rng(0)) for k in (natural, *others)}
     assert max(score, key=lambda k: score[k]["score"]) == natural
+    for row in score.values():
+        assert 0 < row["score"] == pytest.approx((row["silhouette"] * row["stability"]) ** 0.5)
+    assert score[natural]["stability"] == 1 > score[others[-1]]["stability"] > 0.3
+    assert separation(points, fit_labels(points, natural)) == pytest.approx(score[natural]["silhouette"], abs=0.05)
     assert score[natural] == score_count(points[100:], points[:100], natural, np.random.default_rng(0))
 
 

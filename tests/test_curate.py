@@ -102,7 +102,7 @@ def test_water_fill_pours_one_by_one(sizes, total):
 @settings(max_examples=40, deadline=None)
 def test_farthest_first_is_a_cover_within_twice_the_best(seed, count):
     rng = np.random.default_rng(seed)
-    points = np.round(rng.normal(size=(9, 2)), 1).astype(np.float32)  # rounded: ties and equal points occur
+    points = np.round(rng.normal(size=(9, 2))).astype(np.float32)  # rounded: ties and equal points occur
     nearest = farthest_first(points, count, 4)
     chosen = np.unique(nearest)
     distance = np.linalg.norm(points[:, None].astype(float) - points, axis=2)
@@ -268,6 +268,9 @@ def test_same_bits_however_it_was_interrupted(tmp_path, monkeypatch):
     assert resumed.table.equals(whole.table)
     again, _ = decide(values, tmp_path / "b", items, 4, keep_share=0.6, near_duplicate=0.95)
     assert again.table.equals(whole.table)
+    monkeypatch.setattr(sys.modules["attar.curate"], "BLOCK", 13)
+    other, _ = decide(values, tmp_path / "c", items, 4, keep_share=0.6, near_duplicate=0.95)
+    assert all((other.column(name) == whole.column(name)).all() for name in ("keep", "reason", "witness", "weight", "leak"))
 
 
 def test_without_validation_and_test_items(tmp_path):

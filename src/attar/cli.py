@@ -37,6 +37,8 @@ EXAMPLES = {
     "status": "example:\n  attar status attar-runs/photos",
     "predict": "example:\n  attar predict attar-runs/photos/model new/*.jpg --json",
 }
+LAST_SECTION = {"scan": "data", "augment": "curate", "export": "evaluate", "report": "evaluate"}
+"""The last section of the settings a stage depends on, where it has another name than the stage."""
 INTERRUPTED = 130
 
 
@@ -44,11 +46,12 @@ def _example(stage: str) -> str:
     return f"example:\n  attar {stage} attar-runs/photos        goes on from what is done there; flags change its settings"
 
 
-def _add_settings(parser: argparse.ArgumentParser, skip: Sequence[str]) -> None:
-    """A flag for every setting, under the headings of attar.toml; absent flags stay absent, so that files and defaults apply."""
+def _add_settings(parser: argparse.ArgumentParser, skip: str, last: str = "evaluate") -> None:
+    """A flag for every setting that matters up to the section `last`; absent flags stay absent, so that files and defaults apply."""
     groups: dict[str, Any] = {}
+    sections = list(dict.fromkeys(option.section for option in options().values()))
     for option in options().values():
-        if option.name in skip:
+        if option.name == skip or sections.index(option.section) > sections.index(last):
             continue
         if option.section not in groups:
             groups[option.section] = parser.add_argument_group(f"[{option.section}]")
@@ -76,12 +79,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = add("run", "everything, from a folder of items to a small model and its report", EXAMPLES["run"])
     run.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=options()["data"].text)
-    _add_settings(run, skip=["data"])
+    _add_settings(run, skip="data")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     for stage, text in STAGES.items():
         made = add(stage, text, _example(stage))
         made.add_argument("run", metavar="RUN", help="run folder; a new one needs --data")
-        _add_settings(made, skip=["out"])
+        _add_settings(made, skip="out", last=LAST_SECTION.get(stage, stage))
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
     predict = add("predict", "cluster and class of images, by the small model", EXAMPLES["predict"])

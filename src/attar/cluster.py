@@ -192,7 +192,6 @@ def density_groups(points: np.ndarray, fitted: np.ndarray, smallest: int, rng: n
     if labels.max() < 1:
         return np.full(len(points), -1)
     nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(points[chosen]).kneighbors(points, return_distance=False)[:, 0]
-    nearest[chosen] = np.arange(len(chosen))
     return labels[nearest]
 
 

@@ -80,6 +80,19 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Augment:
+    strength: float | None = None
+    """Pins the strength of every family of transforms, 0 (none) to 1 (full range); by default found per cluster without labels."""
+    frequency: float | None = None
+    """Pins how often each family is applied to a view, 0 to 1; by default the family's own."""
+
+    def faults(self) -> Iterable[str]:
+        for name in ("strength", "frequency"):
+            if not _between(getattr(self, name), 0, 1):
+                yield f"{name}: {getattr(self, name)}; expected 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embed:
     self_steps: int | None = None
     """Training steps of the `self` encoder; by default set from the number of items. Training stops earlier on a plateau."""
@@ -139,19 +152,6 @@ class Curate:
             yield f"near_duplicate: {self.near_duplicate}; expected 0.5 to 1"
         if not (0 <= self.outlier_cut <= 1):
             yield f"outlier_cut: {self.outlier_cut}; expected 0 to 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    strength: float | None = None
-    """Pins the strength of every family of transforms, 0 (none) to 1 (full range); by default found per cluster without labels."""
-    frequency: float | None = None
-    """Pins how often each family is applied to a view, 0 to 1; by default the family's own."""
-
-    def faults(self) -> Iterable[str]:
-        for name in ("strength", "frequency"):
-            if not _between(getattr(self, name), 0, 1):
-                yield f"{name}: {getattr(self, name)}; expected 0 to 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +228,10 @@ class Config:
     setup: Setup = field(default_factory=Setup)
     data: Data = field(default_factory=Data)
     model: ModelChoice = field(default_factory=ModelChoice)
+    augment: Augment = field(default_factory=Augment)
     embed: Embed = field(default_factory=Embed)
     cluster: Cluster = field(default_factory=Cluster)
     curate: Curate = field(default_factory=Curate)
-    augment: Augment = field(default_factory=Augment)
     train: Train = field(default_factory=Train)
     compress: Compress = field(default_factory=Compress)
     evaluate: Evaluate = field(default_factory=Evaluate)

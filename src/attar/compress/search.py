@@ -35,7 +35,7 @@ from attar.runtime import measure_latency, run_items
 from attar.train import distil
 from attar.workspace import Job
 
-SHARES = (0.75, 0.5, 0.35, 0.25, 0.15)
+SHARES = (0.75, 0.5, 0.35, 0.25)
 """Shares of the original's MACs that cuts aim at."""
 COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
@@ -208,7 +208,7 @@ def _next_share(shares: Sequence[float], made: Sequence[Candidate], constraints:
     """The share of MACs to distil next, or None when nothing is left that is worth its time.
 
     With bounds on cost: the largest cut that meets them (agreement falls with the cut), a smaller one only if its distilled form misses them.
-    With a bound on agreement alone: half the MACs; then a quarter if the bound was met, three quarters if not.
+    With a bound on agreement alone: half the MACs; then the smallest cut if the bound was met, the largest share if not.
     """
     by_name = {candidate.name: candidate for candidate in made}
 
@@ -227,10 +227,11 @@ def _next_share(shares: Sequence[float], made: Sequence[Candidate], constraints:
         if settings.minutes is None and all(constraint.met(by_name["whole-int8"].figures) for constraint in constraints):
             return None
         return next((share for share in left if meets(share, "", costs)), left[-1])
+    if len(done) > 1:
+        return None
     if not done:
         return 0.5 if 0.5 in left else left[0]
-    wanted = 0.25 if meets(done[0], "-distilled", constraints) else 0.75
-    return wanted if wanted in left and len(done) == 1 else None
+    return left[-1] if meets(done[0], "-distilled", constraints) else left[0] if left[0] > done[0] else None
 
 
 def _distilled(bench: Bench, cutter: Cutter, share: float) -> Model:

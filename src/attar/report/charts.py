@@ -113,7 +113,9 @@ def line(
         parts.append(tag("text", second[0], x=x(end[0]), y=y(end[1]) - 8, class_="note end"))
     parts.append(tag("path", d=_path(points, x, y), class_="curve"))
     if len(points) <= 40:
-        parts += [tag("circle", tag("title", f"{words.number(a)}: {words.number(b)}"), cx=x(a), cy=y(b), r=2.5, class_="dot") for a, b in points]
+        parts += [
+            tag("circle", tag("title", f"{words.number(a)}: {words.number(b)}"), cx=x(a), cy=y(b), r=2.5, class_="dot") for a, b in points
+        ]
     chosen = next((p for p in points if p[0] == marked), None)
     if chosen:
         at, side = x(chosen[0]), "end" if x(chosen[0]) > width * 0.6 else ""
@@ -162,7 +164,9 @@ def pareto(dots: Sequence[Dot], *, title: str, most: float | None, least: float 
     if least is not None:
         parts.append(tag("line", x1=x.start, x2=x.end, y1=y(least), y2=y(least), class_="limit"))
     best = front_of(dots)
-    stairs = f"M{_round(x(best[0].cost))},{_round(y(best[0].keeps))}" + "".join(f"H{_round(x(d.cost))}V{_round(y(d.keeps))}" for d in best[1:])
+    stairs = f"M{_round(x(best[0].cost))},{_round(y(best[0].keeps))}" + "".join(
+        f"H{_round(x(d.cost))}V{_round(y(d.keeps))}" for d in best[1:]
+    )
     parts.append(tag("path", d=stairs, class_="front"))
     for dot in sorted(dots, key=lambda d: d.chosen):
         parts += _dot(dot, x, y, dot in best)
@@ -181,7 +185,9 @@ def _dot(dot: Dot, x: Axis, y: Axis, best: bool) -> list[Markup]:
         # Up and left of a candidate that no other beats there is nothing, so that is where its name goes if the axis leaves room.
         side = "end" if cx - x.start > 90 else ""
         name = "chosen: the original" if dot.chosen and dot.kind == "original" else "chosen" if dot.chosen else "original"
-        parts.append(tag("text", name, x=cx + (-8 if side else 8), y=cy - 10, class_=f"strong {side} {'accent' if dot.chosen else ''}".strip()))
+        parts.append(
+            tag("text", name, x=cx + (-8 if side else 8), y=cy - 10, class_=f"strong {side} {'accent' if dot.chosen else ''}".strip())
+        )
     return parts
 
 
@@ -215,7 +221,14 @@ def fit(points: np.ndarray, width: int, height: int, margin: int) -> np.ndarray:
 
 
 def cluster_map(
-    spots: np.ndarray, clusters: np.ndarray, ids: Sequence[int], titles: Sequence[str], pictures: Sequence[Picture], side: int, width: int, height: int
+    spots: np.ndarray,
+    clusters: np.ndarray,
+    ids: Sequence[int],
+    titles: Sequence[str],
+    pictures: Sequence[Picture],
+    side: int,
+    width: int,
+    height: int,
 ) -> Markup:
     """Items at their spots (n, 2) in cluster colours, some as photos of `side` pixels, each cluster's number at its median."""
     parts = [
@@ -237,7 +250,13 @@ def cluster_map(
     for cluster in sorted(set(map(int, clusters))):
         x, y = np.median(spots[clusters == cluster], axis=0)
         parts.append(
-            tag("g", tag("circle", cx=float(x), cy=float(y), r=14), tag("text", cluster, x=float(x), y=float(y + 5)), style=hue(cluster), class_="number")
+            tag(
+                "g",
+                tag("circle", cx=float(x), cy=float(y), r=14),
+                tag("text", cluster, x=float(x), y=float(y + 5)),
+                style=hue(cluster),
+                class_="number",
+            )
         )
     return _svg(width, height, "map of the items, coloured by cluster", parts, "map")
 

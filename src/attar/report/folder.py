@@ -127,9 +127,7 @@ def pairs_to_show(selection: Selection) -> np.ndarray:
 def pairs(selection: Selection, rows: np.ndarray, album: Album) -> list[Pair]:
     ids, witness = selection.column("id"), selection.column("witness")
     similarity, reason = selection.column("similarity"), selection.column("reason")
-    return [
-        Pair(album.photo(ids[row]), album.photo(witness[row]), str(reason[row]), float(similarity[row])) for row in rows
-    ]
+    return [Pair(album.photo(ids[row]), album.photo(witness[row]), str(reason[row]), float(similarity[row])) for row in rows]
 
 
 def strangest(clusters: Clusters) -> np.ndarray:
@@ -156,7 +154,10 @@ def leaks(items: Items, selection: Selection) -> dict[str, int]:
 
 def quarantine(items: Items) -> dict[str, Any]:
     rows = items.quarantine.slice(0, ROWS).to_pylist()
-    return {"rows": [{key: words.plain(value) for key, value in row.items()} for row in rows], "more": items.quarantine.num_rows - len(rows)}
+    return {
+        "rows": [{key: words.plain(value) for key, value in row.items()} for row in rows],
+        "more": items.quarantine.num_rows - len(rows),
+    }
 
 
 def notes(items: Items) -> list[tuple[str, int]]:
@@ -177,12 +178,6 @@ def curves(vectors: Vectors, clusters: Clusters) -> dict[str, Any]:
     return {"scores": chart, "training": charts.signals(vectors.signals)}
 
 
-def _closed(text: str) -> str:
-    """Words of a record as a sentence."""
-    said = words.plain(text).strip().rstrip(".")
-    return f"{said[:1].upper()}{said[1:]}."
-
-
 def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection) -> dict[str, Any]:
     """The parts of this section that need no pictures."""
     reason = selection.column("reason")
@@ -197,7 +192,5 @@ def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selec
         "thresholds": [(words.label(name), words.number(value)) for name, value in thresholds.items()],
         "curves": curves(vectors, clusters),
         "separation": f"{clusters.separation:.2f}".replace("-", words.MINUS),
-        "method": _closed(clusters.method),
+        "method": words.closed(clusters.method),
     }
-
-

@@ -76,7 +76,8 @@ def command(model: str, files: Sequence[str]) -> str:
 
 def settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that differ from their defaults, and all others by section."""
-    changed, others = [], {}
+    changed: list[dict[str, str]] = []
+    others: dict[str, list[dict[str, str]]] = {}
     for name, option in options().items():
         if name not in values:
             continue

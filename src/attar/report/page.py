@@ -67,7 +67,9 @@ def report(
     return Page(html=_environment().get_template("template.html").render(body), sentence=text)
 
 
-def _pictured(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection, policy: Policy, model: Model, job: Job) -> dict[str, Any]:
+def _pictured(
+    items: Items, vectors: Vectors, clusters: Clusters, selection: Selection, policy: Policy, model: Model, job: Job
+) -> dict[str, Any]:
     """Everything that shows photos; each file is opened once."""
     spots = folder.spots(vectors, clusters, job)
     paired, strange, leaked = folder.pairs_to_show(selection), folder.strangest(clusters), folder.leaked(selection)[: folder.SHOWN]
@@ -122,6 +124,16 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"plain": words.plain, "middle": words.middle, "percent": words.percent, "hue": charts.hue, "label": words.label}
-    environment.globals |= {"style": Markup((HERE / "style.css").read_text("utf-8")), "script": Markup((HERE / "page.js").read_text("utf-8"))}
+    environment.filters |= {
+        "plain": words.plain,
+        "closed": words.closed,
+        "middle": words.middle,
+        "percent": words.percent,
+        "hue": charts.hue,
+        "label": words.label,
+    }
+    environment.globals |= {
+        "style": Markup((HERE / "style.css").read_text("utf-8")),
+        "script": Markup((HERE / "page.js").read_text("utf-8")),
+    }
     return environment

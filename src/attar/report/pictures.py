@@ -35,7 +35,7 @@ class Photo(NamedTuple):
 
 class Gallery(NamedTuple):
     cluster: int
-    count: int
+    total: int
     share: float
     groups: int
     kept: int
@@ -145,7 +145,9 @@ def galleries(clusters: Clusters, selection: Selection, album: Album) -> list[Ga
     return found
 
 
-def augmented(loader: Loader | None, items: Items, clusters: Clusters, policy: Policy, missing: set[int], job: Job, most: int = 5) -> list[Views]:
+def augmented(
+    loader: Loader | None, items: Items, clusters: Clusters, policy: Policy, missing: set[int], job: Job, most: int = 5
+) -> list[Views]:
     """The middle item of the largest clusters beside augmented views of it, as the model would be shown them."""
     sizes = np.bincount(clusters.column("cluster"), minlength=clusters.count)
     order = [int(c) for c in np.argsort(-sizes, kind="stable")]
@@ -165,7 +167,9 @@ def _picture(image: np.ndarray) -> str:
     return uri(show(Image.fromarray(image), SIDE))
 
 
-def wanted(groups: list[tuple[np.ndarray, np.ndarray]], medoids: np.ndarray, others: Iterable[Any], small: Iterable[Any]) -> list[tuple[int, int]]:
+def wanted(
+    groups: list[tuple[np.ndarray, np.ndarray]], medoids: np.ndarray, others: Iterable[Any], small: Iterable[Any]
+) -> list[tuple[int, int]]:
     """Every (id, side) of the galleries, of the pairs and outliers, and of the map."""
     usual = [*(item for group in groups for half in group for item in half), *others]
     return [(int(item), side) for side, items in ((LARGE, medoids), (SIDE, usual), (SMALL, small)) for item in items]

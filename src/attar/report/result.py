@@ -85,33 +85,40 @@ def _conditions(front: Front) -> str:
 
 def sentence(front: Front, evidence: Evidence, classes: bool) -> str:
     """The result in one sentence with its figures; when the budget was missed, that comes first."""
-    student = front.student
+    missed = "" if front.met else f"The budget was not met ({shortfall(front)}). "
     size, agreement = cost(front, evidence, "size", "student"), evidence.get("agreement")
-    head = f"{words.size(size.value) if size else 'A'} {student.precision} model".removeprefix("A ")
+    model = f"{words.size(size.value)} {front.student.precision} model" if size else f"{front.student.precision} model"
     if front.chosen == front.original.name:
-        body = f"No smaller model was good enough: what you get is the original, {head}"
-    else:
-        compared = [text for text in (_compare(front, evidence, "size"), _compare(front, evidence, "latency")) if text]
-        joined = " and ".join(compared)
-        if compared and "no " in joined and joined.count("no ") == len(compared) == 2:
-            joined = "no smaller and no faster"
-        than = f", {joined} than the original ({_conditions(front)})" if joined else ""
-        body = f"{_article(head)} {head}{than}"
-        if agreement:
-            body += f", that {agreement_words(agreement, classes)}"
-    if front.met:
-        return body + "."
-    return f"The budget ({words.plain(front.budget)}) was not met. {_lead(body)}."
+        return f"{missed}No smaller model was good enough: what you get is the original, {_article(model)} {model}."
+    compared = " and ".join(filter(None, (_compare(front, evidence, name) for name in ("size", "latency"))))
+    start = f"The best found is {_article(model)}" if missed else _article(model).capitalize()
+    than = f", {compared} than the original ({_conditions(front)})" if compared else ""
+    keeps = f", that {agreement_words(agreement, classes)}" if agreement else ""
+    return f"{missed}{start} {model}{than}{keeps}."
 
 
-def _lead(body: str) -> str:
-    return body if body.startswith("No ") else f"The best found is {body[0].lower()}{body[1:]}"
+def shortfall(front: Front) -> str:
+    """Which constraints the delivered model misses, and by how much, by the figures it was chosen on."""
+    missed = []
+    for constraint in parse_budget(front.budget):
+        name, figures = constraint.metric, front.student.figures
+        if constraint.met(figures):
+            continue
+        unit = words.percent if name == "agreement" else _relative if constraint.relative else COSTS[name][2]
+        value = figures[f"{name}_ratio" if constraint.relative else name]
+        sign = "≥" if name == "agreement" else "≤"
+        missed.append(f"{name} {unit(value)}, asked {sign} {unit(constraint.limit)}")
+    return "; ".join(missed) or words.plain(front.budget)
+
+
+def _relative(value: float) -> str:
+    return f"{value:.2g}×"
 
 
 def _article(text: str) -> str:
-    """"An" before what is said with a vowel: 8…, 11 and 18."""
+    """The article: "an" before what is said with a vowel: 8…, 11 and 18."""
     figure = text.split(" ")[0].split(".")[0]
-    return "An" if figure.startswith("8") or figure in ("11", "18") else "A"
+    return "an" if figure.startswith("8") or figure in ("11", "18") else "a"
 
 
 def keys(front: Front, evidence: Evidence, classes: bool) -> list[Key]:
@@ -191,7 +198,8 @@ def candidates(front: Front) -> list[dict[str, Any]]:
 
 def changes(front: Front, evidence: Evidence) -> tuple[list[Change], list[Change]]:
     """The before/after table: costs first, then every figure of the evidence; figures of single classes apart."""
-    rows, single = [], []
+    rows: list[Change] = []
+    single: list[Change] = []
     for name in COSTS:
         before, after = (cost(front, evidence, name, of) for of in ("original", "student"))
         if before or after:

@@ -26,6 +26,7 @@ LABELS = {
     "loss": "loss",
 }
 
+
 class Cell(NamedTuple):
     """One figure ready for a table: the value, its interval and what it rests on."""
 
@@ -41,7 +42,19 @@ def plain(text: Any) -> str:
     >>> plain("a\\nb")
     'a�b'
     """
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068" else c for c in str(text))
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068" else c for c in str(text)
+    )
+
+
+def closed(text: Any) -> str:
+    """Words of a record as a sentence.
+
+    >>> closed("3 of 9 candidates meet it")
+    '3 of 9 candidates meet it.'
+    """
+    said = plain(text).strip().rstrip(".")
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def middle(text: Any, limit: int = 36) -> str:
@@ -70,11 +83,14 @@ def number(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Parameters or operations: 1.32 million is "1.32 M"."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
-        if value >= limit:
-            scaled = value / limit if unit != " k" else value / 1e3
-            return f"{_three(scaled)}{unit}"
+    """Parameters or operations.
+
+    >>> count(1_320_000), count(48_000), count(640)
+    ('1.32 M', '48.0 k', '640')
+    """
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= max(scale, 1e4):
+            return f"{_three(value / scale)} {unit}"
     return number(value)
 
 
@@ -88,9 +104,9 @@ def size(value: float) -> str:
     >>> size(421_337), size(48_000)
     ('0.42 MB', '48.0 KB')
     """
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
-        if value >= limit / (10 if unit == "MB" else 1):
-            return f"{_three(value / limit)} {unit}"
+    for scale, least, unit in ((1e9, 1e9, "GB"), (1e6, 1e5, "MB"), (1e3, 1e3, "KB")):
+        if value >= least:
+            return f"{_three(value / scale)} {unit}"
     return f"{value:.0f} B"
 
 
@@ -124,7 +140,13 @@ def score(value: float) -> str:
     return f"{value:.3f}".replace("-", MINUS) if abs(value) < 10 else number(value)
 
 
-UNITS = {"share": percent, "ms": milliseconds, "bytes": size, "macs": count, "parameters": count, "count": count, "ratio": lambda value: f"{number(value)}×"}
+UNITS = {
+    "share": percent,
+    "ms": milliseconds,
+    "bytes": size,
+    "count": count,
+    "ratio": lambda value: f"{number(value)}×",
+}
 
 
 def in_unit(value: float, unit: str) -> str:
@@ -146,7 +168,11 @@ def cell(figure: Figure | None) -> Cell | None:
     if figure is None:
         return None
     exact = figure.low == figure.high and figure.n <= 1
-    return Cell(in_unit(figure.value, figure.unit), interval(figure.low, figure.high, figure.unit), *((0, "") if exact else (figure.n, note(figure))))
+    return Cell(
+        in_unit(figure.value, figure.unit),
+        interval(figure.low, figure.high, figure.unit),
+        *((0, "") if exact else (figure.n, note(figure))),
+    )
 
 
 def note(figure: Figure) -> str:
@@ -170,7 +196,7 @@ def times(original: float, student: float, better: str, worse: str) -> str:
         return ""
     ratio = original / student
     if abs(ratio - 1) < 0.02:
-        return {"smaller": "no smaller", "faster": "no faster"}.get(better, f"not {better}")
+        return f"no {better}"
     return f"{_ratio(ratio)}× {better}" if ratio > 1 else f"{_ratio(1 / ratio)}× {worse}"
 
 
