@@ -13,7 +13,7 @@ from PIL import Image
 
 from attar.config import Data
 from attar.records import Items
-from attar.scan import scan
+from attar.stages.scan import scan
 from attar.workspace import Job
 
 KINDS = ("stripes", "discs", "noise")

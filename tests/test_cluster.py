@@ -16,7 +16,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from attar import config, records
-from attar.cluster import (
+from attar.errors import DataError, UsageError
+from attar.stages.cluster import (
     candidate_counts,
     cluster,
     density_groups,
@@ -31,7 +32,6 @@ from attar.cluster import (
     squared_distances,
     unit,
 )
-from attar.errors import DataError, UsageError
 from attar.workspace import Job
 
 
@@ -323,7 +323,7 @@ def test_vectors_without_a_direction_are_named(tmp_path, digits):
 
 def test_identical_images_and_a_collapsed_encoder_are_told_apart(tmp_path, digits):
     same = np.repeat(digits[0][:1], 50, 0)
-    with pytest.raises(DataError, match=r"the 40 training images show the same pixels; .* add other images"):
+    with pytest.raises(DataError, match=r"training images: 40, different ones among them: 1; .* at least 2 .* add other images"):
         run(same, tmp_path, make_items(50, content=["one"] * 50))
     with pytest.raises(DataError, match=r"gives all 40 training images the same vector .* collapsed; .* --self-steps"):
         run(same.astype(np.float16), tmp_path)

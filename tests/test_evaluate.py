@@ -18,7 +18,6 @@ from sklearn import metrics
 from attar import runtime, stats
 from attar.config import Evaluate
 from attar.errors import AttarError, DataError, UsageError
-from attar.evaluate import evaluate
 from attar.labels import fingerprint, read_labels
 from attar.records import (
     CLUSTER_SCHEMA,
@@ -35,9 +34,10 @@ from attar.records import (
     Preprocess,
     Selection,
 )
+from attar.stages.evaluate import evaluate
 from attar.workspace import Job
 
-stage = importlib.import_module("attar.evaluate")  # attar.evaluate may be the verb of that name
+stage = importlib.import_module("attar.stages.evaluate")
 SIDE = 8
 NAMES = ("red", "green", "blue")
 PLAIN = Preprocess(size=(SIDE, SIDE), mean=(0.5,), std=(0.25,))

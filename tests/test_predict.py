@@ -16,8 +16,8 @@ from PIL import Image
 
 from attar import runtime
 from attar.errors import ModelError, UsageError
-from attar.modalities.image import resize_crop
 from attar.inference import predict
+from attar.modalities.image import resize_crop
 from attar.records import Preprocess
 
 PLAIN = Preprocess(size=(8, 8), resize_shortest=10, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

@@ -31,11 +31,11 @@ from attar.config import Data
 from attar.errors import DataError
 from attar.modalities.image import Loader
 from attar.records import ITEM_SCHEMA, QUARANTINE_SCHEMA, SPLITS, Items, Preprocess
-from attar.scan import scan, split_by_content
+from attar.stages.scan import scan, split_by_content
 from attar.workspace import Job
 
 Jobs = Callable[..., Job]
-stage = importlib.import_module("attar.scan")  # `attar.scan` is the verb once the package is loaded
+stage = importlib.import_module("attar.stages.scan")
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ import importlib, os, signal
 from pathlib import Path
 from attar.config import Data
 from attar.workspace import Job
-stage = importlib.import_module("attar.scan")
+stage = importlib.import_module("attar.stages.scan")
 stage.SHARD = 16
 class Killed(Job):
     def shard(self, number, make):
@@ -405,7 +405,7 @@ def test_images_are_never_all_in_memory(photos: Path, tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from attar.config import Data
-from attar.scan import scan
+from attar.stages.scan import scan
 from attar.workspace import Job
 scan(Data(data=sys.argv[1]), Job("scan", Path(sys.argv[2]), workers=2, quiet=True))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

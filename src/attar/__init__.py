@@ -1,9 +1,9 @@
 """attar: unlabelled data in, a small fast model out, with proof.
 
-    run = attar.run("photos/")                       # scan … report; the same call again resumes or does nothing
-    run.sentence, run["cluster"], run["compress"]    # the result, and the record of any stage
-    attar.cluster(run.root, clusters=8)              # one stage again, with other settings
-    attar.predict(run.root / "model", ["new.jpg"])   # the small model, without torch
+run = attar.run("photos/")                       # scan … report; the same call again resumes or does nothing
+run.sentence, run["cluster"], run["compress"]    # the result, and the record of any stage
+attar.cluster(run.root, clusters=8)              # one stage again, with other settings
+attar.predict(run.root / "model", ["new.jpg"])   # the small model, without torch
 """
 
 from __future__ import annotations
@@ -13,7 +13,22 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["augment", "cluster", "compress", "curate", "embed", "evaluate", "export", "init", "predict", "report", "run", "scan", "status", "train"]
+__all__ = [
+    "augment",
+    "cluster",
+    "compress",
+    "curate",
+    "embed",
+    "evaluate",
+    "export",
+    "init",
+    "predict",
+    "report",
+    "run",
+    "scan",
+    "status",
+    "train",
+]
 
 
 def run(data: str | Path, *, config: str | Path | None = None, quiet: bool = False, until: str = "report", **settings: Any) -> Any:
@@ -31,7 +46,9 @@ def _stage(name: str) -> Callable[..., Any]:
         return run_config(continue_config(run, settings, config), until=name, quiet=quiet)[name]
 
     verb.__name__ = verb.__qualname__ = name
-    verb.__doc__ = f"Takes a run folder to the stage {name}, with its earlier settings where none are given, and returns that stage's record."
+    verb.__doc__ = (
+        f"Takes a run folder to the stage {name}, with its earlier settings where none are given, and returns that stage's record."
+    )
     return verb
 
 

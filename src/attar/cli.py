@@ -58,7 +58,9 @@ def _add_settings(parser: argparse.ArgumentParser, skip: str, last: str = "evalu
         shown = "" if option.default in (None, "") else f" (default: {option.default})"
         flag, text = f"--{option.name.replace('_', '-')}", option.text.replace("%", "%%") + shown
         extra = {"nargs": "+"} if _is_tuple(option) else {}
-        groups[option.section].add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text, metavar=option.name.upper(), **extra)
+        groups[option.section].add_argument(
+            flag, dest=option.name, default=argparse.SUPPRESS, help=text, metavar=option.name.upper(), **extra
+        )
     parser.add_argument("--config", metavar="FILE", help="settings file (default: ./attar.toml where there is one; attar init writes it)")
 
 
@@ -73,7 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def add(verb: str, text: str, epilog: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(verb, help=text, description=f"attar {verb}: {text}.", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made = verbs.add_parser(
+            verb, help=text, description=f"attar {verb}: {text}.", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         made.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
         return made
 
@@ -143,13 +147,18 @@ def _stage(given: argparse.Namespace) -> None:
 
 def _status(given: argparse.Namespace) -> None:
     body = attar.status(given.run)
-    lines = [f"{row['stage']:10} {row['state']:12} {'' if row['seconds'] is None else str(row['seconds']) + ' s'}".rstrip() for row in body["stages"]]
+    lines = [
+        f"{row['stage']:10} {row['state']:12} {'' if row['seconds'] is None else str(row['seconds']) + ' s'}".rstrip()
+        for row in body["stages"]
+    ]
     _print(body, given.json, "\n".join([f"{body['run']}: a run of {body['data']}", *lines, *filter(None, [body["result"]])]))
 
 
 def _predict(given: argparse.Namespace) -> None:
     rows = attar.predict(given.model, given.files, threads=given.threads)
-    lines = ["\t".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()) for row in rows]
+    lines = [
+        "\t".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()) for row in rows
+    ]
     _print(rows, given.json, "\n".join(lines))
 
 

@@ -69,9 +69,8 @@ def _load_items(folder: Path) -> r.Items:
 
 def save_model(folder: Path, model: r.Model, name: str) -> None:
     """NAME.safetensors and NAME.json; the head's arrays travel with the weights under "head." names."""
-    from safetensors.torch import save_file
-
     import torch
+    from safetensors.torch import save_file
 
     state = {key: value.detach().contiguous().clone() for key, value in model.state.items()}
     if model.head:

@@ -13,23 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attar import records as r
-from attar.augment.policy import augment
-from attar.cluster import cluster
-from attar.compress.search import compress
-from attar.config import Config, build_config, flatten, read_toml
-from attar.curate import curate
-from attar.data import absolute
-from attar.embed import embed
-from attar.errors import BudgetNotReached, UsageError, WorkspaceError
-from attar.evaluate import evaluate
-from attar.export import export
-from attar.formats import read_json
 from attar import labels
+from attar import records as r
+from attar.config import Config, build_config, flatten, read_toml
+from attar.data import absolute
+from attar.errors import BudgetNotReached, UsageError, WorkspaceError
+from attar.formats import read_json
 from attar.models import sources
-from attar.report.page import report
-from attar.scan import fingerprint, scan
-from attar.train import train
+from attar.stages.augment.policy import augment
+from attar.stages.cluster import cluster
+from attar.stages.compress.search import compress
+from attar.stages.curate import curate
+from attar.stages.embed import embed
+from attar.stages.evaluate import evaluate
+from attar.stages.export import export
+from attar.stages.report.page import report
+from attar.stages.scan import fingerprint, scan
+from attar.stages.train import train
 from attar.workspace import Stage, Workspace
 
 SPINE: dict[str, Stage] = {
@@ -40,7 +40,13 @@ SPINE: dict[str, Stage] = {
     "augment": Stage(make=augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment",)),
     "train": Stage(make=train, record=r.Model, needs=("scan", "embed", "cluster", "curate", "augment"), settings=("train", "embed")),
     "compress": Stage(make=compress, record=r.Front, needs=("scan", "cluster", "curate", "augment", "train"), settings=("compress",)),
-    "evaluate": Stage(make=evaluate, record=r.Evidence, needs=("scan", "cluster", "curate", "train", "compress"), settings=("evaluate",), fingerprint=labels.fingerprint),
+    "evaluate": Stage(
+        make=evaluate,
+        record=r.Evidence,
+        needs=("scan", "cluster", "curate", "train", "compress"),
+        settings=("evaluate",),
+        fingerprint=labels.fingerprint,
+    ),
     "export": Stage(make=export, record=r.Export, needs=("scan", "train", "compress", "evaluate")),
     "report": Stage(
         make=lambda *given: _report(*given),
@@ -121,6 +127,8 @@ def status(run: str | Path) -> dict[str, Any]:
         manifest = space.manifest(name)
         half = any((root / ".partial").glob(f"{name}-*"))
         state = "half done" if half else "done" if manifest else "not started"
-        rows.append({"stage": name, "state": state, "seconds": manifest and manifest["seconds"], "notes": manifest["notes"] if manifest else []})
+        rows.append(
+            {"stage": name, "state": state, "seconds": manifest and manifest["seconds"], "notes": manifest["notes"] if manifest else []}
+        )
     finished = space.manifest("report") is not None
     return {"run": str(root), **read_json(root / "run.json"), "stages": rows, "result": space.load("report").sentence if finished else None}

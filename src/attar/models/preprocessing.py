@@ -80,7 +80,9 @@ def from_flags(choice: ModelChoice, module: ModuleType, sizes: Counter) -> tuple
     said, size = "", choice.input_size or getattr(module, "SIZE", None)
     if size is None:
         if len(sizes) != 1:
-            raise ModelError(f"{module.__file__}: names no SIZE and the images have {len(sizes)} different sizes; give --input-size, or SIZE = … in the file")
+            raise ModelError(
+                f"{module.__file__}: names no SIZE and the images have {len(sizes)} different sizes; give --input-size, or SIZE = … in the file"
+            )
         size = next(iter(sizes))
         said = f"input size {size[0]} × {size[1]} taken from the images, which all have it (--input-size to change)"
     height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -88,7 +90,9 @@ def from_flags(choice: ModelChoice, module: ModuleType, sizes: Counter) -> tuple
     missing = [name for name, value in found.items() if value is None]
     if missing:
         asked = " and ".join(f"--{name}" for name in missing)
-        raise ModelError(f"{module.__file__}: names no {' or '.join(name.upper() for name in missing)}; give {asked}, or set it in the file")
+        raise ModelError(
+            f"{module.__file__}: names no {' or '.join(name.upper() for name in missing)}; give {asked}, or set it in the file"
+        )
     mean, std = _three(found["mean"]), _three(found["std"])
     shortest = height if height == width else None
     origin = "flags" if choice.mean and choice.std and choice.input_size else f"{module.__file__} and flags"

@@ -74,7 +74,9 @@ def resolve(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Mod
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{choice.model}: does not run on images {tuple(example.shape)}: {type(error).__name__}: {error}; check --input-size") from error
+        raise ModelError(
+            f"{choice.model}: does not run on images {tuple(example.shape)}: {type(error).__name__}: {error}; check --input-size"
+        ) from error
     if logits is None:
         classes = ()
     elif classes and len(classes) != logits.shape[1]:
@@ -105,7 +107,7 @@ def network(model: Model) -> Network:
     body = BUILDERS[model.source["kind"]](model.source).eval()
     built = Network(body, model.source["classifier"])
     if model.cuts:
-        from attar.compress.prune import replay
+        from attar.stages.compress.prune import replay
 
         replay(built, model.cuts, torch.zeros(1, 3, *model.preprocess.size))
     for key, value in model.state.items():  # repair gives a bias to layers that had none
@@ -210,7 +212,7 @@ def _load_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec and spec.loader
+        assert spec is not None and spec.loader is not None  # noqa: PT018
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
@@ -229,7 +231,9 @@ def _call_builder(path: Path, name: str) -> tuple[nn.Module, ModuleType]:
     try:
         body = builder()
     except Exception as error:
-        raise ModelError(f"{path}:{name}: the builder raised {type(error).__name__}: {error}; it must return the model when called without arguments") from error
+        raise ModelError(
+            f"{path}:{name}: the builder raised {type(error).__name__}: {error}; it must return the model when called without arguments"
+        ) from error
     if not isinstance(body, nn.Module):
         raise ModelError(f"{path}:{name}: the builder returned {type(body).__name__}; expected a torch.nn.Module")
     return body, module

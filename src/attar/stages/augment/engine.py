@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from attar.augment.plan import Plan, sample
 from attar.records import Policy
+from attar.stages.augment.plan import Plan, sample
 
 
-def apply(images: UInt8[np.ndarray, "items height width 3"] | Tensor, plan: Plan, device: str = "cpu") -> Float[Tensor, "items 3 height width"]:
+def apply(
+    images: UInt8[np.ndarray, "items height width 3"] | Tensor, plan: Plan, device: str = "cpu"
+) -> Float[Tensor, "items 3 height width"]:
     """Augmented views in [0, 1], one per image.
 
     Geometry samples bilinearly and reflects at the border; colour is clipped once, at the end; the erased box becomes mid grey.

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from attar.records import Clusters, Evidence, Export, Front, Items, Model, Page, Policy, Selection, Vectors
-from attar.report import charts, folder, origin, pictures, result, words
+from attar.stages.report import charts, folder, origin, pictures, result, words
 from attar.workspace import Job
 
 HERE = Path(__file__).parent
@@ -115,8 +115,8 @@ def measurements(policy: Policy) -> list[tuple[list[str], list[list[str]]]]:
 
 def _use(items: Items, export: Export) -> dict[str, str]:
     """The code and the command, with the run's own paths in them."""
-    root = Path(items.root)
-    files = [str(root / items.column("path")[0])] if root.is_dir() else ["photo.jpg"]
+    first = next((file for path in items.column("path")[:20] if (file := Path(items.root) / path).is_file()), Path("photo.jpg"))
+    files = [str(first)]
     return {"snippet": origin.snippet(str(export.onnx), files), "command": origin.command(str(export.onnx.parent), files)}
 
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from attar.augment.engine import preview
 from attar.errors import DataError
 from attar.modalities.image import Loader, show
 from attar.records import Clusters, Items, Policy, Preprocess, Selection
-from attar.report import words
+from attar.stages.augment.engine import preview
+from attar.stages.report import words
 from attar.workspace import Job
 
 SIDE = 128  # pixels of a picture in a gallery

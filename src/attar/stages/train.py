@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from attar import config
-from attar.augment.engine import augment, normalise
-from attar.cluster import principal_axes, squared_distances, unit
 from attar.errors import ModelError
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Network
 from attar.models.objectives import distillation, effective_rank, nt_xent
 from attar.records import Clusters, Head, Items, Model, Policy, Preprocess, Selection, Vectors
+from attar.stages.augment.engine import augment, normalise
+from attar.stages.cluster import principal_axes, squared_distances, unit
 from attar.workspace import Job
 
 CHECKPOINT_SECONDS = 20.0
@@ -33,7 +33,9 @@ PATIENCE = 6
 MARGIN = 0.003
 
 
-def batches(ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator], share: np.ndarray | None = None) -> Iterator[np.ndarray]:
+def batches(
+    ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator], share: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """Ids of the batch of each step: without `share` by epochs of a fresh permutation, with it drawn in proportion to it."""
     per_epoch, epoch, order = max(1, len(ids) // size), -1, ids
     for step in steps:
@@ -262,7 +264,9 @@ def train(
         return model
     job.say(said)
     with Loader(items, preprocess, workers=job.workers) as loader:
-        embeddings = np.concatenate([_embed(network, images, preprocess) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))])
+        embeddings = np.concatenate(
+            [_embed(network, images, preprocess) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))]
+        )
     step = f"{steps} further contrastive steps on {len(ids)} curated items ({said})"
     head = refit_head(embeddings, own, clusters.head)
     return replace(model, state=network.state_dict(), head=head, lineage=(*model.lineage, step), signals=curve)

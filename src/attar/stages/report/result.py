@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from attar.compress.budget import parse_budget
 from attar.records import Evidence, Figure, Front
-from attar.report import charts, words
+from attar.stages.compress.budget import parse_budget
+from attar.stages.report import charts, words
 
 COSTS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "size": ("smaller", "larger", words.size),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from attar.report import words
+from attar.stages.report import words
 
 LOG_FROM = 12.0  # costs that differ by more than this factor are drawn on a logarithmic axis
 GOLDEN = 0.6180339887  # successive multiples keep hues apart however many there are

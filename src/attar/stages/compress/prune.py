@@ -39,7 +39,9 @@ def _graph(network: nn.Module, example: Tensor) -> tp.DependencyGraph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = tp.DependencyGraph()
-        return made.build_dependency(network, example, output_transform=lambda outputs: [o for o in outputs if o is not None], verbose=False)
+        return made.build_dependency(
+            network, example, output_transform=lambda outputs: [o for o in outputs if o is not None], verbose=False
+        )
 
 
 def find_groups(network: Network, example: Tensor) -> list[Group]:

@@ -17,12 +17,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from attar import config
-from attar.augment.engine import apply, normalise
-from attar.augment.plan import FAMILIES, sample
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import ClusterHead
 from attar.records import Clusters, Dial, Items, Policy, Selection, Vectors
+from attar.stages.augment.engine import apply, normalise
+from attar.stages.augment.plan import FAMILIES, sample
 from attar.workspace import Job
 
 DEFAULTS = {

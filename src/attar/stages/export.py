@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from attar import __version__
-from attar.augment.engine import normalise
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Shipped
 from attar.records import Evidence, Export, Front, Items, Model
 from attar.runtime import open_session, outputs
+from attar.stages.augment.engine import normalise
 from attar.workspace import Job
 
 

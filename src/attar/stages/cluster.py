@@ -239,7 +239,10 @@ def _axes(items: Items, vectors: Vectors, fitted: np.ndarray, components: int, j
     """Mean (d,) and projection (d, p), float32, of the clustering space; refuses data that is all one point."""
     train = int((items.column("split") == "train").sum())
     if fitted.sum() < 2:
-        raise DataError(f"the {train} training images show the same pixels; clustering needs at least two different ones: add other images")
+        raise DataError(
+            f"training images: {train}, different ones among them: {int(fitted.sum())}; clustering needs at least 2 that differ in their "
+            "pixels: add other images"
+        )
     mean, covariance = _moments(items, vectors, fitted, job)
     spread = float(np.trace(covariance))
     if spread < SPREAD:
@@ -335,8 +338,8 @@ def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) 
     """Gives every item a cluster, a density cluster inside it, its distance, density and outlier score.
 
     Space: principal components of the unit vectors. Temperature of the head: a quarter of the mean squared distance of a training
-    item to its centroid; with it the mean largest probability is within 0.07 of the share of held-out items that k-means
-    fits of different halves place alike (digits 0.86 and 0.80, MNIST 0.76 and 0.81, photos 0.69 and 0.63, noise 0.25 and 0.26).
+    item to its centroid; with it the mean largest probability is within 0.07 of the share of held-out items that a second
+    k-means, fitted to half of the data, places alike (digits 0.86 and 0.80, MNIST 0.76 and 0.81, photos 0.69 and 0.63, noise 0.25 and 0.26).
     Raises DataError for vectors without a direction and for data that is all one point, UsageError for more clusters than items.
     """
     assert vectors.count == len(items), f"{vectors.count} vectors of {len(items)} items"

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attar.compress.prune import Group
 from attar.models.network import Network
+from attar.stages.compress.prune import Group
 
 RIDGE = 1e-3
 """Ridge, as a share of the mean second moment: keeps the inverse tame and the repaired weights near the old ones."""

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from attar import config, formats
-from attar.augment.engine import normalise
-from attar.augment.policy import starting_policy
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.records import Items, Model, Shard, Vectors
-from attar.train import contrastive, default_steps
+from attar.stages.augment.engine import normalise
+from attar.stages.augment.policy import starting_policy
+from attar.stages.train import contrastive, default_steps
 from attar.workspace import Job
 
 SHARD = 4096

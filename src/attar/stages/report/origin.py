@@ -14,7 +14,7 @@ from typing import Any
 import attar
 from attar.config import options
 from attar.records import Export, Front
-from attar.report import words
+from attar.stages.report import words
 
 SNIPPET = '''\
 import json

