@@ -123,7 +123,7 @@ def _run(given: argparse.Namespace) -> None:
     except BudgetNotReached as error:
         result, missed = Run(config.out), error
     report = result.root / "report.html"
-    body = {"run": str(result.root), "report": str(report), "model": str(result.root / "model"), "result": result.sentence}
+    body: dict[str, Any] = {"run": str(result.root), "report": str(report), "model": str(result.root / "model"), "result": result.sentence}
     body |= {"budget_met": missed is None, "stages_run": result.ran, "figures": [figure._asdict() for figure in result["evaluate"].figures]}
     _print(body, given.json, f"{result.sentence}\nReport: {report}")
     if missed:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[no-redef]
 
 from attar.errors import UsageError
 from attar.stages.compress.budget import parse_budget
@@ -246,6 +246,10 @@ class Config:
         return Path("attar-runs") / (stem.stem or "data")
 
 
+SECTIONS: dict[str, type[Any]] = typing.get_type_hints(Config)
+"""The dataclass of each section."""
+
+
 class Option(NamedTuple):
     section: str
     name: str
@@ -256,24 +260,24 @@ class Option(NamedTuple):
 
 def _field_texts(section: type) -> dict[str, str]:
     """The string written under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-    return {
-        before.target.id: after.value.value
-        for before, after in itertools.pairwise(body)
-        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for before, after in itertools.pairwise(definition.body):
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(after, ast.Expr):
+            texts[before.target.id] = ast.literal_eval(after.value)
+    return texts
 
 
 @functools.cache
 def options() -> dict[str, Option]:
     """Every setting by name. Names are unique across sections, so that a flag or keyword needs no prefix."""
     found: dict[str, Option] = {}
-    for section in dataclasses.fields(Config):
-        kind = section.default_factory  # type: ignore[misc]
+    for section, kind in SECTIONS.items():
         texts, hints = _field_texts(kind), typing.get_type_hints(kind)
         for item in dataclasses.fields(kind):
             assert item.name not in found, f"two settings named {item.name}"
-            found[item.name] = Option(section.name, item.name, hints[item.name], item.default, texts[item.name])
+            found[item.name] = Option(section, item.name, hints[item.name], item.default, texts[item.name])
     return found
 
 
@@ -317,10 +321,9 @@ def _scan_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise UsageError(f"{path}: not valid TOML ({error}); `attar init` writes a valid one to start from") from None
     flat: dict[str, Any] = {}
     faults = []
-    sections = {item.name for item in dataclasses.fields(Config)}
     for section, body in tree.items():
-        if section not in sections or not isinstance(body, dict):
-            faults.append(f"{path}: unknown section [{section}]; the sections are {', '.join(sorted(sections))}")
+        if section not in SECTIONS or not isinstance(body, dict):
+            faults.append(f"{path}: unknown section [{section}]; the sections are {', '.join(SECTIONS)}")
             continue
         for name, value in body.items():
             option = options().get(name)
@@ -354,7 +357,7 @@ def build_config(given: Mapping[str, Any], file: str | Path | None = None) -> Co
             sections.setdefault(option.section, {})[name] = _parse(option, value)
         except ValueError as error:
             faults.append(f"{name}: {value!r}; {error}")
-    built = {item.name: item.default_factory(**sections.get(item.name, {})) for item in dataclasses.fields(Config)}  # type: ignore[misc]
+    built: dict[str, Any] = {section: kind(**sections.get(section, {})) for section, kind in SECTIONS.items()}
     for section in built.values():
         faults.extend(section.faults())
     if faults:

@@ -32,6 +32,15 @@ from attar.stages.scan import fingerprint, scan
 from attar.stages.train import train
 from attar.workspace import Stage, Workspace
 
+
+def _report(*given: Any) -> r.Page:
+    """The report is told everything: the records of all stages, all settings, and how the stages went."""
+    needs = len(SPINE["report"].needs)
+    sections, job = given[needs:-1], given[-1]
+    settings = {"seed": job.seed} | {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
+    return report(*given[:needs], *(settings, job.history, job))
+
+
 SPINE: dict[str, Stage] = {
     "scan": Stage(make=scan, record=r.Items, settings=("data",), fingerprint=fingerprint),
     "embed": Stage(make=embed, record=r.Vectors, needs=("scan",), settings=("model", "embed", "augment"), fingerprint=sources.fingerprint),
@@ -49,20 +58,12 @@ SPINE: dict[str, Stage] = {
     ),
     "export": Stage(make=export, record=r.Export, needs=("scan", "train", "compress", "evaluate")),
     "report": Stage(
-        make=lambda *given: _report(*given),
+        make=_report,
         record=r.Page,
         needs=("scan", "embed", "cluster", "curate", "augment", "train", "compress", "evaluate", "export"),
         settings=tuple(item.name for item in dataclasses.fields(Config) if item.name != "setup"),
     ),
 }
-
-
-def _report(*given: Any) -> r.Page:
-    """The report is told everything: the records of all stages, all settings, and how the stages went."""
-    needs = len(SPINE["report"].needs)
-    records, sections, job = given[:needs], given[needs:-1], given[-1]
-    settings = {"seed": job.seed} | {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
-    return report(*records, settings, job.history, job)
 
 
 class Run:

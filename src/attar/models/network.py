@@ -89,6 +89,10 @@ class Shipped(nn.Module):
 class ClusterHead(nn.Module):
     """records.Head as a module: the same formula, differentiable and exportable."""
 
+    mean: Tensor
+    projection: Tensor
+    centroids: Tensor
+
     def __init__(self, head: Head) -> None:
         super().__init__()
         self.temperature = head.temperature

@@ -104,10 +104,8 @@ def _override(preprocess: Preprocess, choice: ModelChoice) -> Preprocess:
         scale = choice.input_size / preprocess.size[0]
         shortest = preprocess.resize_shortest and round(preprocess.resize_shortest * scale)
         preprocess = dataclasses.replace(preprocess, size=(choice.input_size,) * 2, resize_shortest=shortest)
-    for name in ("mean", "std"):
-        if value := getattr(choice, name):
-            preprocess = dataclasses.replace(preprocess, **{name: _three(value)})
-    return preprocess
+    mean, std = choice.mean or preprocess.mean, choice.std or preprocess.std
+    return dataclasses.replace(preprocess, mean=_three(mean), std=_three(std))
 
 
 def _three(values: Any) -> tuple[float, ...]:

@@ -55,7 +55,9 @@ def find_groups(network: Network, example: Tensor) -> list[Group]:
 
 def _as_group(group: tp.Group, names: Mapping[nn.Module, str]) -> Group | None:
     """A dependency group as a Group, or None when something in it is not understood well enough to repair."""
-    producers, consumers, tied = [], [], []
+    producers: list[str] = []
+    consumers: list[str] = []
+    tied: list[str] = []
     width = len(group[0].idxs)
     for dependency, idxs in group.items:
         module = dependency.target.module

@@ -12,7 +12,7 @@ Kurtic et al. 2023). Taking the cheapest channel each time gives the order of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
     """Second moments of a consumer's inputs; the last input is the constant 1, which carries the bias."""
 
     gram: Float[Tensor, "inputs inputs"]  # float64, mean over positions; inputs = channels × kernel area + 1
-    count: int
+    rows: int
 
 
 def patches(inputs: Tensor, layer: nn.Module, generator: torch.Generator) -> Float[Tensor, "positions inputs"]:
@@ -46,11 +46,11 @@ def patches(inputs: Tensor, layer: nn.Module, generator: torch.Generator) -> Flo
         return rows
     assert isinstance(layer, nn.Conv2d)
     (kernel_y, kernel_x), (stride_y, stride_x) = layer.kernel_size, layer.stride
-    (pad_y, pad_x), (step_y, step_x) = layer.padding, layer.dilation  # type: ignore[misc]
-    padded = nn.functional.pad(inputs, (pad_x, pad_x, pad_y, pad_y))  # type: ignore[has-type]
-    rows = (padded.shape[2] - step_y * (kernel_y - 1) - 1) // stride_y + 1
+    (pad_y, pad_x), (step_y, step_x) = cast(tuple[int, int], layer.padding), layer.dilation
+    padded = nn.functional.pad(inputs, (pad_x, pad_x, pad_y, pad_y))
+    lines = (padded.shape[2] - step_y * (kernel_y - 1) - 1) // stride_y + 1
     columns = (padded.shape[3] - step_x * (kernel_x - 1) - 1) // stride_x + 1
-    chosen = torch.randperm(rows * columns, generator=generator)[:POSITIONS]
+    chosen = torch.randperm(lines * columns, generator=generator)[:POSITIONS]
     top, left = chosen // columns * stride_y, chosen % columns * stride_x
     y = top[:, None, None] + torch.arange(kernel_y)[:, None] * step_y
     x = left[:, None, None] + torch.arange(kernel_x)[None, :] * step_x

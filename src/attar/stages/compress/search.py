@@ -146,7 +146,8 @@ class Cutter:
         bench = self.bench
         moments, order, damage = self.plan
         widths = prune.allocate(self.groups, damage, self.costs, share)
-        cuts, fresh = [], {}
+        cuts: list[tuple[str, list[int]]] = []
+        fresh: dict[str, torch.Tensor] = {}
         for group in self.groups:
             gone = sorted(order[group.producer][: group.width - widths[group.producer]])
             if gone:
@@ -189,10 +190,10 @@ def compress(
     for share in shares:
         made += _pair(bench, share, "", functools.cache(functools.partial(cutter.cut, share)), original)
     for _ in range(2):
-        share = _next_share(shares, made, constraints, settings)
-        if share is None:
+        following = _next_share(shares, made, constraints, settings)
+        if following is None:
             break
-        made += _pair(bench, share, "-distilled", functools.cache(functools.partial(_distilled, bench, cutter, share)), original)
+        made += _pair(bench, following, "-distilled", functools.cache(functools.partial(_distilled, bench, cutter, following)), original)
     return _front(original, made, constraints, settings)
 
 
