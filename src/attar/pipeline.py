@@ -38,7 +38,7 @@ def _report(*given: Any) -> r.Page:
     needs = len(SPINE["report"].needs)
     sections, job = given[needs:-1], given[-1]
     settings = {"seed": job.seed} | {key: value for section in sections for key, value in dataclasses.asdict(section).items()}
-    return report(*given[:needs], *(settings, job.history, job))
+    return report(*given[:needs], settings, job.history, job)  # type: ignore[call-arg]
 
 
 SPINE: dict[str, Stage] = {
