@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from PIL import Image
 
-from attar.config import Data
-from attar.records import Items
-from attar.stages.scan import scan
-from attar.workspace import Job
+# Before attar is imported: the shapes in signatures are checked while testing, in the modules that state them.
+SHAPED = ["attar.stats", "attar.models.objectives", "attar.stages.augment", "attar.stages.compress.repair"]
+install_import_hook(SHAPED, "beartype.beartype")
+
+from attar.config import Data  # noqa: E402
+from attar.records import Items  # noqa: E402
+from attar.stages.scan import scan  # noqa: E402
+from attar.workspace import Job  # noqa: E402
 
 KINDS = ("stripes", "discs", "noise")
 

@@ -37,7 +37,7 @@ KEPT = 0.85
 """Share of augmented views that must stay in their item's cluster for a strength to be allowed."""
 MIRROR_LIMIT = 0.6
 """Accuracy of the mirror probe above which mirroring is taken to change what an item is; 0.5 is chance."""
-COMPUTE = 8e11
+COMPUTE = 5e11
 """Multiply-accumulates spent on trying strengths: bounds the number of items looked at, by the size of the model."""
 OFF = Dial(0.0, 0.0)
 

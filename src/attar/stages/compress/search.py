@@ -155,8 +155,10 @@ class Cutter:
                 fresh |= repair.repaired_weights(bench.network, group, sorted(set(range(group.width)) - set(gone)), moments)
         network = sources.network(bench.model)
         prune.replay(network, cuts, bench.example)
-        for name, matrix in fresh.items():
-            repair.write_back(network.get_submodule(name), matrix)
+        gone_of = dict(cuts)
+        for name, matrix in fresh.items():  # a layer may lose inputs to one group and outputs to another
+            rows = sorted(set(range(len(matrix))) - set(gone_of.get(name, [])))
+            repair.write_back(network.get_submodule(name), matrix[rows])
         removed = sum(len(gone) for _, gone in cuts)
         step = f"cut {removed} channels of {len(cuts)} layers, repaired on {len(bench.calibration)} training items"
         return replace(

@@ -21,8 +21,9 @@ LABELS = {
     "size": "file size",
     "macs": "multiply-accumulates",
     "f1": "F1",
-    "clustering_nmi": "clustering NMI",
-    "clustering_ari": "clustering ARI",
+    "clustering_acc": "clustering accuracy",
+    "nmi": "clustering NMI",
+    "ari": "clustering ARI",
     "loss": "loss",
 }
 
