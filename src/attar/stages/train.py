@@ -6,6 +6,7 @@ checkpoint holds weights, optimiser and step, so a resumed run takes the same st
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from attar.stages.augment.engine import augment, normalise
 from attar.stages.cluster import principal_axes, squared_distances, unit
 from attar.workspace import Job
 
+CONTRASTIVE_RATE, DISTILLING_RATE = 2e-3, 3e-4
+"""Peak learning rates of AdamW: from scratch, and from weights that are nearly right."""
 CHECKPOINT_SECONDS = 20.0
 PATIENCE = 6
 """Looks at the validation loss without an improvement of MARGIN after which training has reached its plateau."""
@@ -62,21 +65,23 @@ def _loop(
     look: Callable[[], dict[str, float]],
     job: Job,
     label: str,
+    until_plateau: bool,
 ) -> tuple[dict[str, float], ...]:
     """Takes the steps with AdamW under a cosine rate after a short warm-up, from the last checkpoint if there is one, to the end or a plateau.
 
-    `look` measures on held-out items forty times in a training; its figures, with step and loss, are the curve that is returned.
+    `look` measures on held-out items before the first step and forty times on the way; its figures, with step and loss, are the curve that is
+    returned. The modules end as they were when the validation loss was least, so that training never leaves them worse than it found them.
     Raises ModelError when the loss is not finite.
     """
     name, optimiser = f"{label.replace(' ', '-')}.pt", _optimiser(modules, rate)
-    kept: dict[str, Any] = job.recall(name) or {"step": 0, "curve": []}
+    kept: dict[str, Any] = job.recall(name) or {"step": 0, "curve": [{"step": 0} | look()], "best": copy.deepcopy(modules.state_dict())}
     if "modules" in kept:
         modules.load_state_dict(kept["modules"])
         optimiser.load_state_dict(kept["optimiser"])
-    start, curve, saved = kept["step"], list(kept["curve"]), time.monotonic()
+    start, curve, best, saved = kept["step"], list(kept["curve"]), kept["best"], time.monotonic()
     every, warm = max(5, steps // 40), max(1, min(100, steps // 10))
     with job.progress(steps, label, "steps", done=start) as bar:
-        for step, ids, images in stream(range(start, steps) if not _plateau(curve) else range(0)):
+        for step, ids, images in stream(range(start, steps) if not (until_plateau and _plateau(curve)) else range(0)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = loss_of(step, ids, images)
@@ -90,13 +95,17 @@ def _loop(
             bar.update(1)
             if (step + 1) % every == 0 or step + 1 == steps:
                 curve.append({"step": step + 1, "loss": round(value, 5)} | look())
+                if curve[-1]["validation_loss"] <= min(seen["validation_loss"] for seen in curve):
+                    best = copy.deepcopy(modules.state_dict())
                 bar.set_postfix({key: f"{figure:.3f}" for key, figure in curve[-1].items() if key != "step"}, refresh=False)
-            done = _plateau(curve) or step + 1 == steps
+            done = (until_plateau and _plateau(curve)) or step + 1 == steps
             if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                job.remember(name, {"step": step + 1, "curve": curve, "modules": modules.state_dict(), "optimiser": optimiser.state_dict()})
+                state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
+                job.remember(name, {"step": step + 1, "curve": curve, "best": best} | state)
                 saved = time.monotonic()
             if done:
                 break
+    modules.load_state_dict(best)
     return tuple(curve)
 
 
@@ -176,7 +185,17 @@ def contrastive(
                 loss = nt_xent(projector(first), projector(second), settings.temperature)
             return {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
 
-        curve = _loop(modules, 2e-3, steps, _streamer(loader, ids, size, job), loss_of, look, job, "contrastive training")
+        curve = _loop(
+            modules,
+            CONTRASTIVE_RATE,
+            steps,
+            _streamer(loader, ids, size, job),
+            loss_of,
+            look,
+            job,
+            "contrastive training",
+            until_plateau=True,
+        )
     network.eval()
     return curve
 
@@ -221,7 +240,17 @@ def distil(
             with torch.no_grad():
                 return {"validation_loss": round(float(distillation(student(held), target)), 5)}
 
-        return _loop(nn.ModuleDict({"student": student}), 1e-3, steps, _streamer(loader, ids, batch, job, share), loss_of, look, job, label)
+        return _loop(
+            nn.ModuleDict({"student": student}),
+            DISTILLING_RATE,
+            steps,
+            _streamer(loader, ids, batch, job, share),
+            loss_of,
+            look,
+            job,
+            label,
+            until_plateau=False,
+        )
 
 
 def default_steps(count: int, batch: int) -> int:
