@@ -30,15 +30,17 @@ def apply(
 
 
 def _blur(views: Tensor, share: np.ndarray) -> Tensor:
-    """Separable Gaussian, its own sigma per view; views that were not drawn are not touched."""
+    """Separable Gaussian, its own sigma and reach (2.5 sigma) per view; views that were not drawn are not touched."""
     chosen = np.flatnonzero(share > 0)
     if not len(chosen):
         return views
     height, width = views.shape[2:]
     sigma = torch.from_numpy(share[chosen]).to(views.device) * min(height, width)
-    radius = min(max(1, int(np.ceil(2.5 * float(sigma.max())))), min(height, width) - 1)
+    reach = (2.5 * sigma).ceil().clamp(1, min(height, width) - 1)
+    radius = int(reach.max())
     offsets = torch.arange(-radius, radius + 1, device=views.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None].clamp_min(1e-3)) ** 2)
+    kernel = kernel * (offsets.abs() <= reach[:, None])  # a view does not depend on the widest blur of its batch
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # one row per view and channel
     flat = F.pad(views[chosen].flatten(0, 1)[None], (radius,) * 4, mode="reflect")
     flat = F.conv2d(flat, kernel[:, None, None, :], groups=len(kernel))

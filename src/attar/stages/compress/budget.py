@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,17 +23,23 @@ class Constraint(NamedTuple):
     limit: float  # bytes, ms, MACs, parameters or a share; a ratio to the original when relative
     relative: bool
 
-    def met(self, figures: Mapping[str, float]) -> bool:
+    def value(self, figures: Mapping[str, float]) -> float:
+        """The figure a candidate is judged by. Agreement counts one standard error below what n items showed, so that the best of a dozen
+        candidates is not one that was merely lucky on a small validation split."""
         value = figures[f"{self.metric}_ratio" if self.relative else self.metric]
+        return value - math.sqrt(value * (1 - value) / figures["n"]) if self.metric == "agreement" else value
+
+    def met(self, figures: Mapping[str, float]) -> bool:
+        value = self.value(figures)
         return value >= self.limit if self.metric == "agreement" else value <= self.limit
 
     def shortfall(self, figures: Mapping[str, float]) -> float:
         """By what factor the limit is missed; 1 or less when met."""
-        value = figures[f"{self.metric}_ratio" if self.relative else self.metric]
+        value = self.value(figures)
         return (1 - value) / max(1 - self.limit, 1e-9) if self.metric == "agreement" else value / max(self.limit, 1e-30)
 
     def __str__(self) -> str:
-        return f"{self.metric}{'>=' if self.metric == 'agreement' else '<='}{self.limit:g}{'x' if self.relative else ''}"
+        return f"{self.metric}{'>=' if self.metric == 'agreement' else '<='}{self.limit:g}{'x' if self.relative else 'ms' if self.metric == 'latency' else ''}"
 
 
 def parse_budget(text: str) -> tuple[Constraint, ...]:

@@ -36,7 +36,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _graph(network: nn.Module, example: Tensor) -> tp.DependencyGraph:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():  # the graph is read from autograd's, also for a caller that infers
         warnings.simplefilter("ignore")
         made = tp.DependencyGraph()
         return made.build_dependency(
@@ -45,11 +45,15 @@ def _graph(network: nn.Module, example: Tensor) -> tp.DependencyGraph:
 
 
 def find_groups(network: Network, example: Tensor) -> list[Group]:
-    """The groups that can be cut and repaired, in the order in which the graph lists them; others are left alone."""
+    """The groups that can be cut and repaired, in the order in which the graph lists them; others are left alone.
+
+    The embedding keeps its length, so that what was built on it (clusters, an index) goes on to fit: what a classifier reads is not cut.
+    """
     graph = _graph(network, example)
     names = {module: name for name, module in network.named_modules()}
     found = (_as_group(group, names) for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
-    unique = {group.producer: group for group in found if group is not None and group.producer != f"body.{network.classifier}"}
+    last = f"body.{network.classifier}"
+    unique = {group.producer: group for group in found if group is not None and last not in (group.producer, *group.consumers)}
     return list(unique.values())
 
 

@@ -28,7 +28,12 @@ class _Batches(CalibrationDataReader):
 
 
 def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
-    """Writes the int8 version of an ONNX file; `batches` are normalised float32 (n, 3, height, width)."""
+    """Writes the int8 version of an ONNX file; `batches` are normalised float32 (n, 3, height, width).
+
+    Raises ValueError when there are none.
+    """
+    if not batches:
+        raise ValueError(f"{source.name}: no calibration batches; expected at least one")
     logging.getLogger().setLevel(logging.ERROR)  # the library advises on the root logger at every call
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"

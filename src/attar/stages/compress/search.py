@@ -300,8 +300,8 @@ def _front(original: Candidate, made: Sequence[Candidate], constraints: Sequence
     else:
         best = min(made, key=lambda c: max(constraint.shortfall(c.figures) for constraint in constraints))
         binding = max(constraints, key=lambda constraint: constraint.shortfall(best.figures))
-        value = best.figures[f"{binding.metric}_ratio" if binding.relative else binding.metric]
-        reason = f"none of {len(made)} candidates meets it; {binding} binds: the nearest, {best.name}, has {value:.4g}"
+        short = " one standard error below what its validation items showed" if binding.metric == "agreement" else ""
+        reason = f"none of {len(made)} candidates meets it; {binding} binds: the nearest, {best.name}, has {binding.value(best.figures):.3g}{short}"
     return Front(
         original=original,
         candidates=tuple(made),

@@ -94,7 +94,15 @@ def sentence(front: Front, evidence: Evidence, classes: bool) -> str:
     start = f"The best found is {_article(model)}" if missed else _article(model).capitalize()
     than = f", {compared} than the original ({_conditions(front)})" if compared else ""
     keeps = f", that {agreement_words(agreement, classes)}" if agreement else ""
-    return f"{missed}{start} {model}{than}{keeps}."
+    return f"{missed}{start} {model}{than}{keeps}{_fallen(front, agreement)}."
+
+
+def _fallen(front: Front, agreement: Figure | None) -> str:
+    """That the test items bear out less agreement than the budget asks, though the validation items met it."""
+    asked = max((constraint.limit for constraint in parse_budget(front.budget) if constraint.metric == "agreement"), default=0.0)
+    if not front.met or agreement is None or agreement.value >= asked:
+        return ""
+    return f", less than the {words.percent(asked)} asked, which it met on the validation items it was chosen on"
 
 
 def shortfall(front: Front) -> str:
@@ -105,7 +113,7 @@ def shortfall(front: Front) -> str:
         if constraint.met(figures):
             continue
         unit = words.percent if name == "agreement" else _relative if constraint.relative else COSTS[name][2]
-        value = figures[f"{name}_ratio" if constraint.relative else name]
+        value = constraint.value(figures)
         sign = "≥" if name == "agreement" else "≤"
         missed.append(f"{name} {unit(value)}, asked {sign} {unit(constraint.limit)}")
     return "; ".join(missed) or words.plain(front.budget)
