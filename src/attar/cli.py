@@ -116,12 +116,12 @@ def _print(value: Any, as_json: bool, text: str) -> None:
 def _run(given: argparse.Namespace) -> None:
     flags, file = _settings(given)
     config = build_config(flags, file)
-    from attar.pipeline import Run, run_config  # heavy: torch and the stages
+    from attar.pipeline import run_config  # heavy: torch and the stages
 
     try:
         result, missed = run_config(config, quiet=given.quiet), None
     except BudgetNotReached as error:
-        result, missed = Run(config.out), error
+        result, missed = error.run, error
     report = result.root / "report.html"
     body: dict[str, Any] = {"run": str(result.root), "report": str(report), "model": str(result.root / "model"), "result": result.sentence}
     body |= {"budget_met": missed is None, "stages_run": result.ran, "figures": [figure._asdict() for figure in result["evaluate"].figures]}
@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = {"run": _run, "status": _status, "predict": _predict, "init": _init}
     try:
         verbs.get(given.verb, _stage)(given)
+        sys.stdout.flush()
     except AttarError as error:
         print(f"attar: {error}", file=sys.stderr)
         return error.exit_code
@@ -181,6 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout went away (| head): not our failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"attar: {error.filename or 'operating system'}: {error.strerror}", file=sys.stderr)
+        return AttarError.exit_code
     return 0
 
 

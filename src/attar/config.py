@@ -11,6 +11,8 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
+import os
 import textwrap
 import types
 import typing
@@ -189,9 +191,11 @@ class Compress:
             yield f"minutes: {self.minutes}; expected above 0"
         if not _between(self.distil_steps, 0, 10**9):
             yield f"distil_steps: {self.distil_steps}; expected 0 or more"
-        for name, low in (("distil_batch", 2), ("calibration_items", 8), ("threads", 1)):
+        for name, low in (("distil_batch", 2), ("calibration_items", 8)):
             if getattr(self, name) < low:
                 yield f"{name}: {getattr(self, name)}; expected at least {low}"
+        if not (1 <= self.threads <= 256):
+            yield f"threads: {self.threads}; expected 1 to 256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +220,10 @@ class Setup:
     """Threads that read and decode items."""
 
     def faults(self) -> Iterable[str]:
-        if self.seed < 0:
-            yield f"seed: {self.seed}; expected 0 or more"
-        if self.workers < 1:
-            yield f"workers: {self.workers}; expected at least 1"
+        if not (0 <= self.seed < 2**32):
+            yield f"seed: {self.seed}; expected 0 to {2**32 - 1}"
+        if not (1 <= self.workers <= 256):
+            yield f"workers: {self.workers}; expected 1 to 256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,18 +294,24 @@ def _parse(option: Option, value: Any) -> Any:
             return None
         raise ValueError("a value is required")
     if typing.get_origin(kind) is tuple:
-        parts = value.replace(",", " ").split() if isinstance(value, str) else value
-        return tuple(float(part) for part in (parts if isinstance(parts, Iterable) else [parts]))
+        parts = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        words = [word for part in parts for word in (part.replace(",", " ").split() if isinstance(part, str) else [part])]
+        return tuple(_number(word, float, "numbers") for word in words)
     if kind is str:
-        return str(value)
-    if isinstance(value, bool):
-        raise ValueError(f"expected {kind.__name__}")
-    if kind is int and (isinstance(value, float) and value != int(value)):
-        raise ValueError("expected a whole number")
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError("expected text")
+        return os.fspath(value)
+    return _number(value, kind, "a whole number" if kind is int else "a number")
+
+
+def _number(value: Any, kind: type, expected: str) -> Any:
     try:
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from None
+        number = kind(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (isinstance(value, float) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"expected {expected}") from None
+    return number
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ AttarError                 exit code 1
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AttarError(Exception):
     """Base of all errors attar raises on purpose; `exit_code` is what the command line returns."""
@@ -44,6 +46,10 @@ class MissingExtra(AttarError):
 
 
 class BudgetNotReached(AttarError):
-    """No candidate met the budget; the best one found was saved."""
+    """No candidate met the budget; the best one found was saved, and `run` is the Run that holds it."""
 
     exit_code = 3
+
+    def __init__(self, message: str, run: Any = None) -> None:
+        super().__init__(message)
+        self.run = run

@@ -70,14 +70,14 @@ def _load_items(folder: Path) -> r.Items:
 def save_model(folder: Path, model: r.Model, name: str) -> None:
     """NAME.safetensors and NAME.json; the head's arrays travel with the weights under "head." names."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {key: value.detach().contiguous().clone() for key, value in model.state.items()}
     if model.head:
         state |= {
             f"head.{key}": torch.from_numpy(np.ascontiguousarray(getattr(model.head, key))) for key in ("mean", "projection", "centroids")
         }
-    save_file(state, folder / f"{name}.safetensors")
+    (folder / f"{name}.safetensors").write_bytes(save(state))  # save_file hides a full disk in an error of its own
     body = {item.name: getattr(model, item.name) for item in dataclasses.fields(model) if item.name not in ("state", "head", "preprocess")}
     body |= {"preprocess": dataclasses.asdict(model.preprocess), "temperature": model.head and model.head.temperature}
     write_json(folder / f"{name}.json", body)

@@ -52,6 +52,8 @@ def predict(
     `model` is a run folder, its model folder or an .onnx file; `files` are images, folders, or anything attar scans.
     Raises UsageError or ModelError when the model cannot be found or used; a bad file never stops the rest.
     """
+    if not (1 <= threads <= 256):
+        raise UsageError(f"threads: {threads}; expected 1 to 256")
     shipped = load(find_model(model), threads)
     done: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attar import labels
+from attar import labels as judging
 from attar import records as r
 from attar.config import Config, build_config, flatten, read_toml
 from attar.data import absolute
@@ -54,7 +54,7 @@ SPINE: dict[str, Stage] = {
         record=r.Evidence,
         needs=("scan", "cluster", "curate", "train", "compress"),
         settings=("evaluate",),
-        fingerprint=labels.fingerprint,
+        fingerprint=judging.fingerprint,
     ),
     "export": Stage(make=export, record=r.Export, needs=("scan", "train", "compress", "evaluate")),
     "report": Stage(
@@ -94,16 +94,32 @@ def run_config(config: Config, *, until: str = "report", quiet: bool = False) ->
 
     Raises BudgetNotReached, after everything else is done, when no candidate met the budget.
     """
-    sources.kind_of(config.model.model)
+    config = _anchored(config)
     stages = list(SPINE)[: list(SPINE).index(until) + 1]
     with Workspace(config.out, SPINE) as space:
-        space.claim(absolute(config.data.data), flatten(config))
+        space.claim(config.data.data, flatten(config))
         for name in stages:
             space.run(name, config, quiet=quiet)
         front: r.Front | None = space.load("compress") if "compress" in stages else None
+    run = Run(config.out, tuple(space.ran))
     if front is not None and not front.met:
-        raise BudgetNotReached(f"budget {front.budget!r} not reached: {front.reason}. The best result is in {config.out}")
-    return Run(config.out, tuple(space.ran))
+        raise BudgetNotReached(f"budget {front.budget!r} not reached: {front.reason}. The best result is in {config.out}", run)
+    return run
+
+
+def _anchored(config: Config) -> Config:
+    """The settings with absolute paths, so that a run can be continued from any folder; raises UsageError for an unknown model source."""
+    kind, model, weights, labels = sources.kind_of(config.model.model), config.model.model, config.model.weights, config.evaluate.labels
+    if kind == "file":
+        model = absolute(model)
+    elif kind == "hf" and Path(model[3:]).expanduser().is_dir():
+        model = f"hf:{absolute(model[3:])}"
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, data=absolute(config.data.data)),
+        model=dataclasses.replace(config.model, model=model, weights=weights and absolute(weights)),
+        evaluate=dataclasses.replace(config.evaluate, labels=labels if labels == "folders" else labels and absolute(labels)),
+    )
 
 
 def continue_config(run: str | Path, given: Mapping[str, Any], file: str | Path | None = None) -> Config:

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -39,12 +40,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 @contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def _disk(path: Path, refusals: set[int] = DISK_ERRORS) -> Iterator[None]:
     """Turns the operating system's refusals to write into an error that names the folder and the remedy."""
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_ERRORS and Path(error.filename or path).is_relative_to(path):
+        if error.errno in refusals and Path(error.filename or path).is_relative_to(path):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             remedy = "free some space, then run the same command: it resumes" if full else "choose a folder you can write to with --out"
             raise WorkspaceError(f"{error.filename or path}: cannot write the run folder ({error.strerror}); {remedy}") from error
@@ -113,7 +114,9 @@ class Job:
             else:
                 import torch
 
-                torch.save(value, temporary)
+                memory = io.BytesIO()  # torch hides a full disk in an error of its own
+                torch.save(value, memory)
+                temporary.write_bytes(memory.getbuffer())
             os.replace(temporary, self.folder / name)
 
     def recall(self, name: str) -> Any:
@@ -177,14 +180,15 @@ class Workspace:
         """Stages that did work since the folder was opened."""
 
     def __enter__(self) -> Workspace:
-        with _disk(self.root):
+        with _disk(self.root, DISK_ERRORS | {errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP}):
             if self.root.exists() and not self.root.is_dir():
                 raise WorkspaceError(f"{self.root}: is a file, not a run folder; choose another name with --out")
-            if self.root.is_dir() and not (self.root / "run.json").exists() and any(entry.name != ".lock" for entry in self.root.iterdir()):
+            begun = {".lock", "run.json.tmp"}  # all there is after a kill before run.json was in place
+            if self.root.is_dir() and not (self.root / "run.json").exists() and {entry.name for entry in self.root.iterdir()} - begun:
                 raise WorkspaceError(
                     f"{self.root}: is not empty and not a run of attar; nothing was touched; choose another folder with --out"
                 )
-            (self.root / "stages").mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,12 +206,19 @@ class Workspace:
         """Marks the folder as a run of this data; refuses the folder of another data set."""
         marker = self.root / "run.json"
         if marker.exists():
-            held = formats.read_json(marker)["data"]
+            held = self._marked(marker)
             if held != data:
                 raise UsageError(f"{self.root}: is a run of {held}, not of {data}; choose another folder with --out")
         with _disk(self.root):
             self._write("run.json", {"data": data, "attar": __version__})
             self._write("settings.json", settings)
+            (self.root / "stages").mkdir(exist_ok=True)
+
+    def _marked(self, marker: Path) -> str:
+        try:
+            return formats.read_json(marker)["data"]
+        except (ValueError, TypeError, KeyError):
+            raise WorkspaceError(f"{marker}: is damaged, so whose run this is cannot be told; choose another folder with --out") from None
 
     def _write(self, name: str, value: Any) -> None:
         temporary = self.root / f"{name}.tmp"
@@ -216,15 +227,19 @@ class Workspace:
 
     def manifest(self, name: str) -> dict[str, Any] | None:
         """The manifest of a finished stage whose files are all there, else None."""
-        path = self.root / "stages" / f"{name}.json"
-        try:
-            body = formats.read_json(path)
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        whole = all(
+        body = self._manifest(name)
+        whole = body and all(
             (self.root / file).is_file() and (self.root / file).stat().st_size == size for file, (size, _) in body["outputs"].items()
         )
         return body if whole else None
+
+    def _manifest(self, name: str) -> dict[str, Any] | None:
+        """The manifest as it stands; None for a missing or damaged one, whose stage is then made again."""
+        try:
+            body = formats.read_json(self.root / "stages" / f"{name}.json")
+            return body if {"key", "content", "outputs", "seconds", "notes"} <= body.keys() else None
+        except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+            return None
 
     def load(self, name: str) -> Any:
         """The record of a finished stage."""
@@ -245,6 +260,7 @@ class Workspace:
         stage, key = self.stages[name], self.key(name, config)
         manifest = self.manifest(name)
         if manifest and manifest["key"] == key:
+            self._clear(name)
             return self.load(name)
         scratch = self.root / ".partial" / f"{name}-{key[:12]}"
         job = Job(name, scratch, seed=config.setup.seed, workers=config.setup.workers, quiet=quiet)
@@ -276,7 +292,9 @@ class Workspace:
             str(path.relative_to(fresh)): (path.stat().st_size, file_digest(path)) for path in sorted(fresh.rglob("*")) if path.is_file()
         }
         manifest = self.root / "stages" / f"{name}.json"
-        before = formats.read_json(manifest)["outputs"] if manifest.exists() else {}
+        moving = self.root / "stages" / f"{name}.moving"  # every file that may be left by a kill, whatever is published next
+        before = {**(self._manifest(name) or {}).get("outputs", {}), **(formats.read_json(moving) if moving.exists() else {})}
+        self._write(f"stages/{moving.name}", before | outputs)
         manifest.unlink(missing_ok=True)
         for stale in before.keys() - outputs.keys():
             (self.root / stale).unlink(missing_ok=True)
@@ -286,5 +304,10 @@ class Workspace:
             os.replace(fresh / file, target)
         content = _digest({file: digest for file, (_, digest) in outputs.items()})
         self._write(f"stages/{name}.json", body | {"key": key, "content": content, "outputs": outputs, "attar": __version__})
+        self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        """Removes half-done work of a stage that is finished: left by a kill at the very end, or for settings since taken back."""
+        (self.root / "stages" / f"{name}.moving").unlink(missing_ok=True)
         for old in (self.root / ".partial").glob(f"{name}-*"):
             shutil.rmtree(old, ignore_errors=True)

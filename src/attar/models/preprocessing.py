@@ -25,7 +25,9 @@ def from_hub_config(name: str, choice: ModelChoice) -> Preprocess:
     if path is None:
         if choice.input_size and choice.mean and choice.std:
             side = choice.input_size
-            return Preprocess(size=(side, side), resize_shortest=side, mean=_three(choice.mean), std=_three(choice.std), origin="flags")
+            return Preprocess(
+                size=(side, side), resize_shortest=side, mean=per_channel(choice.mean), std=per_channel(choice.std), origin="flags"
+            )
         raise ModelError(f"hf:{name}: has no preprocessor_config.json; add it, or give --input-size, --mean and --std")
     return _override(parse_hub_config(json.loads(path.read_text("utf-8")), str(path)), choice)
 
@@ -65,8 +67,8 @@ def parse_hub_config(body: dict[str, Any], origin: str) -> Preprocess:
     return Preprocess(
         size=tuple(target),  # type: ignore[arg-type]
         resize_shortest=shortest,
-        mean=_three(body["image_mean"]) if normalise else (0.0,) * 3,
-        std=_three(body["image_std"]) if normalise else (1.0,) * 3,
+        mean=per_channel(body["image_mean"]) if normalise else (0.0,) * 3,
+        std=per_channel(body["image_std"]) if normalise else (1.0,) * 3,
         resample=FILTERS[body.get("resample", 2)],
         origin=origin,
     )
@@ -93,7 +95,7 @@ def from_flags(choice: ModelChoice, module: ModuleType, sizes: Counter) -> tuple
         raise ModelError(
             f"{module.__file__}: names no {' or '.join(name.upper() for name in missing)}; give {asked}, or set it in the file"
         )
-    mean, std = _three(found["mean"]), _three(found["std"])
+    mean, std = per_channel(found["mean"]), per_channel(found["std"])
     shortest = height if height == width else None
     origin = "flags" if choice.mean and choice.std and choice.input_size else f"{module.__file__} and flags"
     return Preprocess(size=(height, width), resize_shortest=shortest, mean=mean, std=std, origin=origin), said
@@ -105,9 +107,10 @@ def _override(preprocess: Preprocess, choice: ModelChoice) -> Preprocess:
         shortest = preprocess.resize_shortest and round(preprocess.resize_shortest * scale)
         preprocess = dataclasses.replace(preprocess, size=(choice.input_size,) * 2, resize_shortest=shortest)
     mean, std = choice.mean or preprocess.mean, choice.std or preprocess.std
-    return dataclasses.replace(preprocess, mean=_three(mean), std=_three(std))
+    return dataclasses.replace(preprocess, mean=per_channel(mean), std=per_channel(std))
 
 
-def _three(values: Any) -> tuple[float, ...]:
+def per_channel(values: Any) -> tuple[float, ...]:
+    """Three floats from one or three numbers."""
     values = tuple(float(value) for value in values)
     return values * 3 if len(values) == 1 else values

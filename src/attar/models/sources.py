@@ -22,7 +22,7 @@ from attar.config import ModelChoice
 from attar.errors import MissingExtra, ModelError, UsageError
 from attar.models import weights as files
 from attar.models.network import Network, count_macs, count_parameters, find_classifier
-from attar.models.preprocessing import from_flags, from_hub_config
+from attar.models.preprocessing import from_flags, from_hub_config, per_channel
 from attar.models.students import Encoder, input_side
 from attar.records import Items, Model, Preprocess
 from attar.workspace import Job, file_digest
@@ -127,7 +127,7 @@ def _resolve_self(choice: ModelChoice, items: Items, self_width: int, job: Job) 
     torch.manual_seed(job.seed)
     source = {"kind": "self", "side": side, "width": self_width}
     origin = "--input-size" if choice.input_size else f"sized to the images (median shorter side {short} px)"
-    mean, std = choice.mean or (0.5,) * 3, choice.std or (0.25,) * 3
+    mean, std = per_channel(choice.mean or (0.5,)), per_channel(choice.std or (0.25,))
     return _build_self(source), source, Preprocess(size=(side, side), resize_shortest=side, mean=mean, std=std, origin=origin), ()
 
 
@@ -190,8 +190,8 @@ def _resolve_timm(choice: ModelChoice, items: Items, self_width: int, job: Job) 
     preprocess = Preprocess(
         size=(side, side),
         resize_shortest=int(side / data["crop_pct"]),
-        mean=choice.mean or tuple(data["mean"]),
-        std=choice.std or tuple(data["std"]),
+        mean=per_channel(choice.mean or data["mean"]),
+        std=per_channel(choice.std or data["std"]),
         resample=data["interpolation"],
         origin=f"timm's data config of {name}",
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import torch
+from tqdm import tqdm
 
 from attar import config, formats
 from attar.modalities.image import Loader
 from attar.models import sources
-from attar.records import Items, Model, Shard, Vectors
+from attar.models.network import Network
+from attar.records import Items, Model, Vectors
 from attar.stages.augment.engine import normalise
 from attar.stages.augment.policy import starting_policy
 from attar.stages.train import contrastive, default_steps
@@ -38,24 +40,24 @@ def embed(items: Items, choice: config.ModelChoice, settings: config.Embed, augm
     network = network or sources.network(model)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ids = items.ids()
-    shards: list[Callable[[], Shard]] = []
+    parts = [ids[start : start + SHARD] for start in range(0, len(ids), SHARD)]
     with Loader(items, model.preprocess, workers=job.workers) as loader, job.progress(len(ids), "encoding", "items") as bar:
-        for number, start in enumerate(range(0, len(ids), SHARD)):
-            part = ids[start : start + SHARD]
-
-            def encode(part: np.ndarray = part) -> np.ndarray:
-                made = []
-                for _, images in loader.stream(part[low : low + BATCH] for low in range(0, len(part), BATCH)):
-                    views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-                    with torch.no_grad():
-                        made.append(network(normalise(views, model.preprocess.mean, model.preprocess.std))[0].half().numpy())
-                    bar.update(len(images))
-                return np.concatenate(made)
-
-            job.shard(number, lambda part=part, encode=encode: formats.shard_table(part, encode()))  # type: ignore[misc]
-            bar.n = start + len(part)
-            shards.append(functools.partial(formats.read_shard, job.folder / f"shard-{number:05d}.parquet"))
+        for number, part in enumerate(parts):
+            job.shard(number, functools.partial(_encode, network, model, loader, part, bar))
+            bar.update(sum(map(len, parts[: number + 1])) - bar.n)  # a shard that was there already
+    shards = [functools.partial(formats.read_shard, job.folder / f"shard-{number:05d}.parquet") for number in range(len(parts))]
     return Vectors(shards=shards, count=len(ids), dim=network_dim(network, model), model=model, signals=signals)
+
+
+def _encode(network: Network, model: Model, loader: Loader, ids: np.ndarray, bar: tqdm) -> pa.Table:
+    """One shard of vectors as a table."""
+    made = []
+    for _, images in loader.stream(ids[start : start + BATCH] for start in range(0, len(ids), BATCH)):
+        views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            made.append(network(normalise(views, model.preprocess.mean, model.preprocess.std))[0].half().numpy())
+        bar.update(len(images))
+    return formats.shard_table(ids, np.concatenate(made))
 
 
 def network_dim(network: torch.nn.Module, model: Model) -> int:

@@ -37,6 +37,8 @@ from attar.workspace import Job
 
 SHARES = (0.75, 0.5, 0.35, 0.25)
 """Shares of the original's MACs that cuts aim at."""
+ROUNDS = 2
+"""Distillations at most."""
 COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
 SLOWER = 1.1
@@ -58,7 +60,7 @@ class Bench:
         judged = kept & ~selection.column("leak") & (split == "validation")
         self.validation = ids[judged] if judged.any() else items.ids("validation")
         self.example = sources.example_input(model)
-        self.threads = torch.get_num_threads()
+        self.bar = job.progress(2 + 2 * (len(SHARES) + ROUNDS), "candidates", "candidates")
 
     @functools.cached_property
     def network(self) -> Network:
@@ -76,7 +78,7 @@ class Bench:
         """What a file decides on the validation items: class, or cluster where there are no classes."""
         chunks = [self.validation[start : start + 32] for start in range(0, len(self.validation), 32)]
         with Loader(self.items, self.model.preprocess, workers=self.job.workers) as loader:
-            made = run_items(file, loader.stream(chunks), self.model.preprocess, threads=self.threads)
+            made = run_items(file, loader.stream(chunks), self.model.preprocess, threads=torch.get_num_threads())
         return made["logits" if self.model.classes else "cluster_probabilities"].argmax(1)
 
     def write(self, name: str, model: Model, precision: str, target: Path, original: Candidate | None) -> None:
@@ -112,6 +114,7 @@ class Bench:
         """A candidate, built and measured unless it is there already."""
         folder = self.job.build(name, lambda target: self.write(name, model(), precision, target, original))
         made = formats.load_candidate(folder)
+        self.bar.update(1)
         f = made.figures
         self.job.say(
             f"{name:24} {f['size'] / 1e6:7.3f} MB ({f['size_ratio']:.2f}x)  {f['macs'] / 1e6:8.1f} M MACs ({f['macs_ratio']:.2f}x)  "
@@ -191,11 +194,12 @@ def compress(
     shares = [share for share in SHARES if cutter.groups and share >= _floor(cutter)]
     for share in shares:
         made += _pair(bench, share, "", functools.cache(functools.partial(cutter.cut, share)), original)
-    for _ in range(2):
+    for _ in range(ROUNDS):
         following = _next_share(shares, made, constraints, settings)
         if following is None:
             break
         made += _pair(bench, following, "-distilled", functools.cache(functools.partial(_distilled, bench, cutter, following)), original)
+    bench.bar.close()
     return _front(original, made, constraints, settings)
 
 

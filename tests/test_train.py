@@ -1,0 +1,256 @@
+"""Training: batches, exact resumption, the plateau, and that both objectives teach something on made images."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from attar.config import Embed
+from attar.errors import ModelError
+from attar.models.network import Network
+from attar.models.students import Encoder
+from attar.records import Head, Items, Policy, Preprocess
+from attar.stages import train
+from attar.stages.augment.policy import DEFAULTS
+from attar.stages.cluster import head_probabilities
+from attar.workspace import Job
+
+PREPROCESS = Preprocess(size=(16, 16), resize_shortest=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+POLICY = Policy(families=DEFAULTS)
+
+Make = Callable[..., Job]
+
+
+def _draw(seed: int) -> Callable[[int], np.random.Generator]:
+    return lambda number: np.random.default_rng([seed, number])
+
+
+# batches
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 100))
+def test_an_epoch_shows_every_item_once_at_most_and_all_when_the_batch_divides(count: int, size: int, seed: int) -> None:
+    ids, size = np.arange(100, 100 + count), min(size, count)
+    per_epoch = count // size
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = np.concatenate(list(train.batches(ids, size, steps, _draw(seed))))
+        assert len(seen) == len(set(seen.tolist())) == per_epoch * size
+        assert set(seen.tolist()) <= set(ids.tolist())
+        if count % size == 0:
+            assert set(seen.tolist()) == set(ids.tolist())
+
+
+@given(st.integers(0, 40), st.booleans())
+def test_batches_do_not_depend_on_where_one_starts(start: int, shared: bool) -> None:
+    ids = np.arange(23)
+    share = np.arange(1, 24) / np.arange(1, 24).sum() if shared else None
+    whole = list(train.batches(ids, 5, range(60), _draw(0), share))
+    resumed = list(train.batches(ids, 5, range(start, 60), _draw(0), share))
+    assert all(np.array_equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+def test_shares_are_how_often_items_are_drawn() -> None:
+    share = np.array([0.5, 0.3, 0.2, 0.0])
+    seen = np.concatenate(list(train.batches(np.arange(4), 4, range(3000), _draw(1), share)))
+    np.testing.assert_allclose(np.bincount(seen, minlength=4) / len(seen), share, atol=0.02)
+
+
+# the loop
+
+
+class Stopped(Exception):
+    """A kill, as the loop sees it."""
+
+
+def _fit(
+    job: Job, steps: int, stop: int | None = None, poison: int | None = None
+) -> tuple[dict[str, Tensor], tuple[dict[str, float], ...]]:
+    """A regression with the loop; `stop` breaks it off before that step, `poison` makes that step's loss infinite."""
+    torch.manual_seed(0)
+    modules = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))})
+    held = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+
+    def error(x: Tensor) -> Tensor:
+        return (modules["net"](x) - x.sum(1, keepdim=True)).square().mean()
+
+    def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for step in wanted:
+            if step == stop:
+                raise Stopped
+            yield step, np.arange(4), np.random.default_rng(step).normal(size=(16, 4)).astype(np.float32)
+
+    def loss_of(step: int, _: np.ndarray, images: np.ndarray) -> Tensor:
+        return error(torch.from_numpy(images)) * (float("inf") if step == poison else 1)
+
+    def look() -> dict[str, float]:
+        with torch.no_grad():
+            return {"validation_loss": float(error(held))}
+
+    curve = train._loop(modules, 1e-2, steps, stream, loss_of, look, job, "a fit", until_plateau=False)
+    return modules.state_dict(), curve
+
+
+@pytest.mark.parametrize("stop", [1, 17, 39])
+def test_a_loop_that_was_interrupted_goes_on_to_the_same_bits(stop: int, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, curve = _fit(job("whole"), 40)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+    with pytest.raises(Stopped):
+        _fit(job("broken"), 40, stop=stop)
+    assert job("broken").recall("a-fit.pt")["step"] == stop
+    resumed, again = _fit(job("broken"), 40)
+    assert again == curve
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_loop_interrupted_before_its_first_checkpoint_starts_again(job: Make) -> None:
+    whole, _ = _fit(job("whole"), 40)
+    with pytest.raises(Stopped):
+        _fit(job("broken"), 40, stop=11)
+    resumed, _ = _fit(job("broken"), 40)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_loop_is_not_taken_again(job: Make) -> None:
+    whole, curve = _fit(job("once"), 40)
+    found, again = _fit(job("once"), 40, stop=0)  # would raise at its first step
+    assert again == curve
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert curve[-1]["step"] == 40
+    assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(job: Make) -> None:
+    with pytest.raises(ModelError, match=r"a fit: the loss is inf at step 7; the model or its preprocessing \(--mean, --std\) is not sane"):
+        _fit(job(), 20, poison=7)
+
+
+def test_training_ends_with_the_best_it_saw(job: Make) -> None:
+    looks = iter([3.0, 2.0, 1.0, *[5.0] * 30])
+    seen = []
+
+    def fit(until_plateau: bool) -> tuple[Tensor, tuple[dict[str, float], ...]]:
+        modules = nn.ModuleDict({"net": nn.Linear(2, 1)})
+
+        def look() -> dict[str, float]:
+            seen.append(modules["net"].weight.detach().clone())
+            return {"validation_loss": next(looks)}
+
+        def loss_of(*_: object) -> Tensor:
+            return modules["net"](torch.ones(1, 2)).square().sum()
+
+        def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+            return ((step, np.arange(1), np.zeros(1)) for step in wanted)
+
+        curve = train._loop(modules, 1e-2, 100, stream, loss_of, look, job(), "a fit", until_plateau=until_plateau)
+        return modules["net"].weight.detach(), curve
+
+    weight, curve = fit(until_plateau=True)
+    assert torch.equal(weight, seen[2])
+    assert not torch.equal(weight, seen[-1])
+    assert curve[-1]["step"] < 100, "no step is taken past the plateau"
+
+
+def test_the_plateau_is_patience_looks_without_a_margin() -> None:
+    def curve(*losses: float) -> list[dict[str, float]]:
+        return [{"validation_loss": loss} for loss in losses]
+
+    falling = [1 / (step + 1) for step in range(30)]
+    assert not train._plateau(curve(*falling))
+    assert not train._plateau(curve(*[1.0] * (2 * train.PATIENCE)))  # too early to tell
+    assert train._plateau(curve(*[1.0] * (2 * train.PATIENCE + 1)))
+    assert train._plateau(curve(*falling[:10], *[0.1] * train.PATIENCE))
+    assert not train._plateau(curve(*falling[:10], *[0.1] * (train.PATIENCE - 1), 0.09))
+    assert train._plateau(curve(*falling[:10], *[0.1 * (1 - train.MARGIN / 2)] * train.PATIENCE))
+
+
+def test_steps_follow_the_number_of_items() -> None:
+    assert [train.default_steps(count, 256) for count in (4, 60, 5000, 10**6)] == [300, 300, 1953, 3000]
+    assert all(a <= b for a, b in itertools.pairwise(train.default_steps(count, 256) for count in range(600, 20000, 500)))
+
+
+# learning
+
+
+def _encoder(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network(Encoder(16, 8)).eval()
+
+
+def test_contrastive_training_raises_retrieval_and_is_the_same_twice(items: Items, job: Make) -> None:
+    split = pa.array(["validation" if item % 2 else "train" for item in range(len(items))])  # enough held-out items to tell
+    items = replace(items, table=items.table.set_column(items.table.column_names.index("split"), "split", split))
+    settings, ids = Embed(batch_size=16), items.ids("train")
+    network = _encoder()
+    before = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
+    curve = train.contrastive(network, items, ids, PREPROCESS, POLICY, None, 60, settings, job("train"))
+    after = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
+    assert after > before
+    assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
+    assert curve[-1]["effective_rank"] > 1
+    assert not network.training
+    one, two = _encoder(), _encoder()
+    for net, name in ((one, "one"), (two, "two")):
+        train.contrastive(net, items, ids, PREPROCESS, POLICY, None, 4, settings, _job(job, name))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def _job(job: Make, name: str) -> Job:
+    """A job of the stage "train" in a folder of its own: the draws depend on the stage's name, the checkpoints lie in the folder."""
+    made = job(name)
+    return Job("train", made.folder, quiet=True)
+
+
+def _distil(student: Network, items: Items, job: Job, steps: int) -> tuple[dict[str, float], ...]:
+    ids = items.ids("train")
+    share, clusters = np.full(len(ids), 1 / len(ids)), np.zeros(len(ids), np.int32)
+    return train.distil(student, _encoder(), items, ids, share, PREPROCESS, POLICY, clusters, steps, 16, job, "distilling")
+
+
+def test_distillation_lowers_the_distance_and_leaves_the_batch_norms_statistics(items: Items, job: Make) -> None:
+    student = _encoder(1)
+    statistics = {name: value.clone() for name, value in student.state_dict().items() if "running" in name}
+    curve = _distil(student, items, _job(job, "one"), 40)
+    assert curve[-1]["validation_loss"] < 0.7 * curve[0]["validation_loss"]
+    assert all(torch.equal(value, student.state_dict()[name]) for name, value in statistics.items())
+    again = _encoder(1)
+    assert _distil(again, items, _job(job, "two"), 40) == curve
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_model_that_gives_no_numbers_is_named(items: Items, job: Make) -> None:
+    student = _encoder(1)
+    with torch.no_grad():
+        student.body.stem[0].weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="distilling: the loss is nan at step 0"):
+        _distil(student, items, job(), 5)
+
+
+def test_a_refitted_head_puts_items_in_their_clusters_again() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 30)
+    old = Head(
+        mean=np.zeros(8, np.float32), projection=np.eye(8, 3, dtype=np.float32), centroids=np.zeros((3, 3), np.float32), temperature=1.0
+    )
+    embeddings = (5 * np.eye(8)[labels * 2] + 0.3 * rng.normal(size=(90, 8))).astype(np.float32)
+    head = train.refit_head(embeddings, labels, old)
+    assert head.centroids.shape[0] == 3
+    assert np.array_equal(head_probabilities(embeddings, head).argmax(1), labels)
+    again = train.refit_head(embeddings, labels, old)
+    assert np.array_equal(head.centroids, again.centroids)
+
+
+def test_held_out_items_are_validation_items_and_always_the_same(items: Items, job: Make, tmp_path: Path) -> None:
+    held = train.held_out(items, job("a"))
+    assert set(held.tolist()) <= set(items.ids("validation").tolist())
+    assert np.array_equal(held, train.held_out(items, Job("a", tmp_path / "elsewhere", quiet=True)))
