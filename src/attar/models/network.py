@@ -31,6 +31,16 @@ def plain(output: Any) -> Tensor:
     return output.flatten(2).mean(2) if output.dim() == 4 else output.mean(1) if output.dim() == 3 else output
 
 
+def memory_layout(body: nn.Module) -> torch.memory_format:
+    """The layout a model computes in: channels last (up to twice as fast on CPUs), where that is safe.
+
+    It is not where a strided 1 × 1 convolution reads fewer than 16 channels: its gradient writes outside its memory for some batch sizes
+    (torch 2.13 on the CPU; Conv2d(8, 16, 1, stride=2) with 39 images of 40 × 40 corrupts the heap).
+    """
+    strided = (layer for layer in body.modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1))
+    return torch.contiguous_format if any(layer.in_channels < 16 for layer in strided) else torch.channels_last
+
+
 class Network(nn.Module):
     """A model as images (n, 3, h, w) → (embedding (n, d), logits (n, c) or None).
 
@@ -40,6 +50,7 @@ class Network(nn.Module):
     def __init__(self, body: nn.Module, classifier: str | None = None) -> None:
         super().__init__()
         self.body, self.classifier = body, classifier
+        self.layout = memory_layout(body)
         self._tap: Tensor | None = None
         if classifier is not None:
             body.get_submodule(classifier).register_forward_pre_hook(self._keep)
@@ -48,7 +59,7 @@ class Network(nn.Module):
         self._tap = inputs[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        output = plain(self.body(x))
+        output = plain(self.body(x.contiguous(memory_format=self.layout) if x.dim() == 4 else x))
         if self.classifier is None:
             return output, None
         embedding, self._tap = self._tap, None

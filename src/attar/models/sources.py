@@ -115,7 +115,7 @@ def network(model: Model) -> Network:
         if leaf == "bias" and built.get_submodule(owner).bias is None:
             built.get_submodule(owner).bias = nn.Parameter(value.clone())
     built.load_state_dict(dict(model.state))
-    return built.eval()
+    return built.to(memory_format=built.layout).eval()  # type: ignore[call-overload]
 
 
 Resolved = tuple[nn.Module, dict[str, Any], Preprocess, tuple[str, ...]]

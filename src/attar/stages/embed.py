@@ -38,7 +38,6 @@ def embed(items: Items, choice: config.ModelChoice, settings: config.Embed, augm
         lineage = (*model.lineage, f"{int(signals[-1]['step'])} contrastive steps (NT-Xent) on {len(ids)} training items")
         model = replace(model, state=network.state_dict(), lineage=lineage, signals=signals)
     network = network or sources.network(model)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ids = items.ids()
     parts = [ids[start : start + SHARD] for start in range(0, len(ids), SHARD)]
     with Loader(items, model.preprocess, workers=job.workers) as loader, job.progress(len(ids), "encoding", "items") as bar:

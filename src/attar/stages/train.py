@@ -165,7 +165,6 @@ def contrastive(
         dim = network(torch.zeros(2, 3, *preprocess.size))[0].shape[1]
         projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 64))
     modules = nn.ModuleDict({"network": network, "projector": projector})
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     place = {int(identity): index for index, identity in enumerate(ids)}
 
     def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
@@ -220,8 +219,8 @@ def distil(
     folded away would be destroyed by batch statistics. Returns the curve: step, loss, validation loss.
     """
     place = {int(identity): index for index, identity in enumerate(ids)}
-    for network in (student.eval(), teacher.eval()):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.eval()
+    teacher.eval()
 
     def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
         own = clusters[[place[int(identity)] for identity in batch]]

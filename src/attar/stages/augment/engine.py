@@ -74,7 +74,6 @@ def preview(
 
 
 def normalise(views: Float[Tensor, "items 3 height width"], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(views − mean) / std per channel, in channels-last memory (what convolutions on CPUs prefer)."""
+    """(views − mean) / std per channel."""
     shape = (1, 3, 1, 1)
-    scaled = (views - views.new_tensor(mean).view(shape)) / views.new_tensor(std).view(shape)
-    return scaled.contiguous(memory_format=torch.channels_last)
+    return (views - views.new_tensor(mean).view(shape)) / views.new_tensor(std).view(shape)

@@ -279,8 +279,6 @@ def _pace(bench: Bench, student: Network) -> float:
     """Seconds of one distillation step, the best of three on a copy."""
     settings, trial, seconds = bench.settings, copy.deepcopy(student), []
     batch = torch.cat(bench.images(bench.calibration, 64)[: -(-settings.distil_batch // 64)])[: settings.distil_batch]
-    for network in (trial, bench.network):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for _ in range(3):
         start = time.perf_counter()
         views = augment(np.zeros((len(batch), *bench.model.preprocess.size, 3), np.uint8), bench.policy, None, np.random.default_rng(0))
