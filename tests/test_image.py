@@ -59,8 +59,6 @@ def test_modalities_answer_the_same_questions() -> None:
     for modality in MODALITIES.values():
         assert modality.SUFFIXES
         assert all(suffix.startswith(".") and suffix == suffix.lower() for suffix in modality.SUFFIXES)
-        assert modality.DEFAULT_MODEL == "self"
-        assert modality.FAMILIES == ("geometry", "colour", "blur", "erase")
         assert callable(modality.Loader)
         assert callable(modality.show)
     assert {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm"} <= image.SUFFIXES

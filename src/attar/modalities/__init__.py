@@ -1,4 +1,7 @@
-"""Modalities: each file answers how to find items, load a batch, encode by default, transform, and show an item."""
+"""Modalities: each file says how to find items (SUFFIXES), how to load a batch (Loader), and how to show an item (show).
+
+The encoder learned by default and the transforms are images' own for now: models/students.py and stages/augment/plan.py.
+"""
 
 from attar.modalities import image
 

@@ -26,8 +26,6 @@ _NAMED = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "AVI
 Image.init()
 FORMATS = tuple(name for name in _NAMED if name in Image.OPEN)  # AVIF and WebP depend on how Pillow was built
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
-DEFAULT_MODEL = "self"
-FAMILIES = ("geometry", "colour", "blur", "erase")
 
 # Pillow's remarks about odd metadata are of no use to a person; what matters is in the note of the item.
 warnings.filterwarnings("ignore", module=r"PIL\.")
