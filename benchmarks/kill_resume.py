@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from environment import environment
 from safetensors.numpy import load_file
 
 TABLES = ("items.parquet", "quarantine.parquet", "clusters.parquet", "selection.parquet", "policy.json")
@@ -80,7 +81,9 @@ def main() -> int:
             print(f"{'tables equal' if not different else 'DIFFERENT ' + ', '.join(different)}, weights within {largest:.1e}", flush=True)
             shutil.rmtree(out)
     if given.out:
-        given.out.write_text(json.dumps({"uninterrupted_seconds": seconds, "points": rows, "flags": flags}, indent=1))
+        given.out.write_text(
+            json.dumps({"environment": environment(), "uninterrupted_seconds": seconds, "points": rows, "flags": flags}, indent=1)
+        )
     return int(any(row["different"] for row in rows))
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from environment import environment
 from PIL import Image
 
 FLAGS = ["--self-steps", "20", "--train-steps", "5", "--distil-steps", "5"]
@@ -60,7 +61,7 @@ def main() -> None:
         rows.append({"items": size, "peak_mb": peak, "seconds": seconds})
         print(f"{size:7,} items: peak {peak:6.0f} MB, {seconds:5.0f} s", flush=True)
     if given.out:
-        given.out.write_text(json.dumps(rows, indent=1))
+        given.out.write_text(json.dumps({"environment": environment(), "flags": flags or FLAGS, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

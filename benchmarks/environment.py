@@ -1,0 +1,15 @@
+"""What a result was measured on: commit, processor, threads, versions."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def environment() -> dict[str, object]:
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy", "scikit-learn", "torch-pruning")}
+    return {"commit": commit, "cpu": cpu or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
