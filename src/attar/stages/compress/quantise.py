@@ -1,7 +1,8 @@
 """int8: a float32 ONNX file becomes one with 8-bit activations and 7-bit weights, calibrated on unlabelled items.
 
 Weights use 7 bits (`reduce_range`): processors without VNNI add pairs of products in 16 bits, which saturates with full-range weights
-and silently changes the results. Cluster head and shape arithmetic stay in float32.
+and silently changes the results. Depthwise convolutions keep 8 bits: their kernels widen each product to 32 bits before adding, and nine weights have
+no others to make up for their rounding. Cluster head and shape arithmetic stay in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        head = [node.name for node in onnx.load(prepared).graph.node if "/head/" in node.name]
+        nodes = onnx.load(prepared).graph.node
+        head = [node.name for node in nodes if "/head/" in node.name]
+        depthwise = [
+            node.input[1] for node in nodes if node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+        ]
+        whole_range = {"quant_type": QuantType.QInt8, "axis": 0, "symmetric": True, "reduce_range": False}
         quantize_static(
             str(prepared),
             str(Path(folder) / "int8.onnx"),
@@ -50,5 +56,6 @@ def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
             weight_type=QuantType.QInt8,
             nodes_to_exclude=head,
             calibrate_method=CalibrationMethod.MinMax,  # keeps two numbers per tensor and batch; the histogram methods keep every activation
+            extra_options={"TensorQuantOverrides": {name: [whole_range] for name in depthwise}},
         )
         shutil.copyfile(Path(folder) / "int8.onnx", target)

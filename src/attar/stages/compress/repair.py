@@ -95,7 +95,8 @@ def weights_of(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
     return torch.cat([matrix, bias[:, None]], 1)
 
 
-def _hessian(moments: Moments) -> Tensor:
+def ridged(moments: Moments) -> Float[Tensor, "inputs inputs"]:
+    """Second moments with the ridge on every input but the constant: H of the formula above."""
     gram = moments.gram.clone()
     inner = gram.diagonal()[:-1]  # the bias is not held back
     inner += RIDGE * inner.mean() + 1e-10
@@ -116,7 +117,7 @@ def eliminate(
         covariance = moments.gram[:-1, :-1] - mean[:, None] * mean[None, :]
         variance = float(((weight[:, :-1] @ covariance) * weight[:, :-1]).sum())
         block = (weight.shape[1] - 1) // width
-        states.append((weight.clone(), torch.linalg.inv(_hessian(moments)), block, max(variance, 1e-12)))
+        states.append((weight.clone(), torch.linalg.inv(ridged(moments)), block, max(variance, 1e-12)))
     alive = torch.ones(width, dtype=torch.bool)
     order: list[int] = []
     damage = [0.0]
@@ -159,7 +160,7 @@ def _remove(weight: Tensor, inverse: Tensor, inputs: Tensor) -> float:
 
 def refit(weight: Float[Tensor, "outputs inputs"], moments: Moments, keep: Tensor) -> Float[Tensor, "outputs kept"]:
     """Weights on the kept inputs that come nearest to the old outputs: W H[:, S] H[S, S]⁻¹."""
-    hessian = _hessian(moments)
+    hessian = ridged(moments)
     return torch.linalg.solve(hessian[keep][:, keep], (weight @ hessian[:, keep]).T).T
 
 

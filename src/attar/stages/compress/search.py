@@ -31,6 +31,7 @@ from attar.stages.augment.engine import augment, normalise
 from attar.stages.compress import prune, repair
 from attar.stages.compress.budget import Constraint, parse_budget
 from attar.stages.compress.quantise import quantise
+from attar.stages.compress.rounding import round_network, roundable
 from attar.stages.export import write_onnx
 from attar.stages.train import distil
 from attar.workspace import Job
@@ -85,12 +86,21 @@ class Bench:
         """Builds one candidate as a folder: file, weights and figures."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "float32.onnx"
+            model = self.rounded(model) if precision == "int8" else model
             write_onnx(model, file)
             if precision == "int8":
                 exact, file = file, Path(folder) / "int8.onnx"
-                quantise(exact, file, [batch.contiguous().numpy() for batch in self.images(self.calibration, 16)])
+                quantise(exact, file, [batch.numpy() for batch in self.images(self.calibration, 16)])
             figures = self.measure(file, model, original)
             formats.save_candidate(target, Candidate(name=name, model=model, onnx=file, precision=precision, figures=figures))
+
+    def rounded(self, model: Model) -> Model:
+        """A model whose weights lie on the grid that int8 will use, so that quantising them changes nothing more."""
+        network = sources.network(model)
+        moments = repair.gather(network, self.images(self.calibration, 32), roundable(network), self.job.seed)
+        round_network(network, moments)
+        step = f"weights rounded to 7 bits with compensation on {len(self.calibration)} training items"
+        return replace(model, state=network.state_dict(), lineage=(*model.lineage, step))
 
     def measure(self, file: Path, model: Model, original: Candidate | None) -> dict[str, float]:
         """Figures of a file, absolute and as ratios to the original's; the original is timed beside it, so that drift hits both."""
