@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/.installed  ## real data in, a small model and its report out, in minutes
 	$(BIN)/python examples/write_digits.py $(DEMO)/digits $(DEMO)/labels.csv
-	$(BIN)/attar run $(DEMO)/digits --out $(DEMO)/run --labels $(DEMO)/labels.csv --self-steps 240 --train-steps 60 --distil-steps 150
+	$(BIN)/attar run $(DEMO)/digits --out $(DEMO)/run --labels $(DEMO)/labels.csv --self-steps 480 --train-steps 60 --distil-steps 150
 
 test: .venv/.developing  ## the suite
 	$(BIN)/python -m pytest
