@@ -36,7 +36,7 @@ def embed(items: Items, choice: config.ModelChoice, settings: config.Embed, augm
         signals = contrastive(network, items, ids, model.preprocess, policy, None, steps, settings, job)
         _verdict(signals, network_dim(network, model), job)
         lineage = (*model.lineage, f"{int(signals[-1]['step'])} contrastive steps (NT-Xent) on {len(ids)} training items")
-        model = replace(model, state=network.state_dict(), lineage=lineage, signals=signals)
+        model = replace(model, state=network.state_dict(), lineage=lineage)
     network = network or sources.network(model)
     ids = items.ids()
     parts = [ids[start : start + SHARD] for start in range(0, len(ids), SHARD)]
