@@ -17,6 +17,7 @@ from attar.models.network import Shipped, count_macs, count_parameters
 from attar.records import Head, Items, Model
 from attar.runtime import open_session, outputs
 from attar.stages.compress import prune, repair
+from attar.stages.compress.cutter import repaired
 from attar.stages.export import write_onnx
 from attar.workspace import Job
 
@@ -68,16 +69,10 @@ def halved(model: Model) -> Model | None:
         return None
     names = sorted({name for group in groups for name in group.consumers})
     moments = repair.gather(network, [images(16, model.preprocess.size[0], seed) for seed in range(3)], names, 0)
-    cuts, fresh = [], {}
-    for group in groups:
-        gone = list(range(group.width // 2))
-        cuts.append((group.producer, gone))
-        fresh |= repair.repaired_weights(network, group, range(group.width // 2, group.width), moments)
+    cuts = [(group.name, list(range(group.width // 2))) for group in groups]
     cut = sources.network(model)
     prune.replay(cut, cuts, example)
-    for name, matrix in fresh.items():  # a layer may lose inputs to one group and outputs to another
-        rows = sorted(set(range(len(matrix))) - set(dict(cuts).get(name, [])))
-        repair.write_back(cut.get_submodule(name), matrix[rows])
+    repaired(cut, network, cuts, example, moments)
     counts = {"parameters": count_parameters(cut), "macs": count_macs(cut, example)}
     return replace(model, state=cut.state_dict(), cuts=tuple(cuts), **counts)
 

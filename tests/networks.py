@@ -75,6 +75,49 @@ class Transformer(nn.Module):
         return self.head(x[:, 0])
 
 
+class PaddedBlock(nn.Module):
+    """A basic block whose shortcut has no weights (option A): every second pixel, missing channels padded with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.stride, self.widen = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.widen, self.widen)))
+
+
+class Padded(nn.Module):
+    """A user's CIFAR ResNet in small: a stem, two stages of two blocks with shortcuts of option A, pool, linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(PaddedBlock(8, 8, 1), PaddedBlock(8, 8, 1), PaddedBlock(8, 16, 2), PaddedBlock(16, 16, 1))
+        self.linear = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
+
+
+class Joint(nn.Module):
+    """An attention over 4 × 4 patches whose queries, keys and values come from one layer; its code asks `heads` and `head_dim`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_dim = 4, 6
+        self.patches, self.norm = nn.Conv2d(3, 24, 8, 8), nn.LayerNorm(24)
+        self.qkv, self.proj, self.head = nn.Linear(24, 72), nn.Linear(24, 24), nn.Linear(24, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(x.shape[0], -1, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(2, 3)) / self.head_dim**0.5).softmax(3) @ v
+        return self.head((x + self.proj(y.transpose(1, 2).flatten(2))).mean(1))
+
+
 BODIES: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "inverted": Inverted, "transformer": Transformer}
 
 

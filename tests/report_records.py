@@ -24,7 +24,7 @@ PREPROCESS = r.Preprocess(size=(16, 16), resize_shortest=18, mean=(0.4, 0.5, 0.6
 
 
 def figure(name: str, of: str, value: float, low: float, high: float, n: int = 268, unit: str = "share") -> r.Figure:
-    return r.Figure(name, of, value, low, high, n, "test" if unit == "share" else "", "Wilson 95 %", unit)
+    return r.Figure(name, of, value, low, high, n, "test" if unit == "share" else "", "exact 95 %", unit)
 
 
 def tiny_onnx(path: Path, classes: tuple[str, ...]) -> None:

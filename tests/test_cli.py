@@ -233,3 +233,57 @@ def test_help_of_every_verb(verb: list[str], cli: Any) -> None:
     said = cli(*verb, "--help")
     assert (said.code, said.err) == (0, "")
     assert "usage: attar" in said.out
+
+
+BUILDER = """
+import torch
+from torch import nn
+MEAN, STD = (0.5,), (0.25,)
+CLASSES = ("ant", "bee", "cat")
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+"""
+
+
+def test_compress_without_a_run_gives_the_model_and_its_certificate(cli: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(BUILDER)
+    words = ("compress", "--model", "net.py:small", "--data", photos, "--budget", "macs<=0.8x", "--distil-steps", 4, "--input-size", 32)
+    said = cli(*words)
+    assert said.code == 0, said.err
+    sentence, certificate, model = said.out.splitlines()
+    assert "in the worst cluster on" in sentence
+    assert certificate.startswith("Certificate: same top-1 class as the original on ")
+    assert model == f"Model: {Path('attar-runs', photos.name, 'model', 'student.onnx')}"
+    assert Path(model.removeprefix("Model: ")).is_file()
+    assert not Path("attar-runs", photos.name, "report.html").exists()
+    table = [
+        line.removeprefix("compress: ") for line in said.err.splitlines() if re.match(r"compress: (candidate|original|cut|whole)", line)
+    ]
+    assert table[0].split() == ["candidate", "size", "MACs", "latency", "agreement"]
+    assert len({len(line) for line in table}) == 1, "the live table is aligned"
+    missed = cli(*words[:5], "--budget", "size<=1KB", *words[7:], "--json", "--quiet")
+    assert missed.code == 3
+    assert "budget 'size<=1KB' not reached" in missed.err
+    body = strictly(missed.out)
+    assert body["budget_met"] is False
+    assert "size<=1000 binds: the nearest, " in body["reason"]
+    assert Path(body["model"], "student.onnx").is_file(), "the best found is saved"
+    assert {row["cluster"] for row in body["per_cluster"]}
+    assert all(one["size_ratio"] > 0 for one in body["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("compress",), "data: nothing to read"),
+        (("compress", "RUN", "--out", "other"), "out: other: RUN (RUN) is the folder already; give one of the two"),
+        (("compress", "--data", ".", "--model", "a.onnx", "--student", "b.onnx"), "a.onnx: no such file"),
+        (("compress", "--data", ".", "--student", "a cat"), "'a cat' is not a known source"),
+    ],
+)
+def test_a_compress_that_cannot_be_begun_says_why(cli: Any, photos: Path, words: tuple[str, ...], text: str) -> None:
+    said = cli(*(str(photos) if word == "." else word for word in words), "--quiet")
+    assert said.code in (1, 2)
+    assert text in said.err
+    assert "Traceback" not in said.err

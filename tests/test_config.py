@@ -43,6 +43,7 @@ EVERYTHING: dict[str, Any] = {
     "train_steps": 0,
     "budget": "size<=0.5x, agreement>=0.9",
     "minutes": 2.5,
+    "student": "self",
     "distil_steps": 5,
     "distil_batch": 16,
     "calibration_items": 64,

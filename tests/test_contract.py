@@ -77,7 +77,7 @@ def _records(folder: Path, items: r.Items) -> dict[type, Any]:
         [items.ids(), np.ones(n, bool), [""] * n, np.full(n, -1), np.zeros(n), np.ones(n), np.zeros(n, bool)],
         names=r.SELECTION_SCHEMA.names,
     ).cast(r.SELECTION_SCHEMA)
-    figure = r.Figure("agreement", "student", 0.9, 0.8, 0.95, 40, "test", "Wilson 95 %", "share")
+    figure = r.Figure("agreement", "student", 0.9, 0.8, 0.95, 40, "test", "exact 95 %", "share")
     candidates = [
         r.Candidate(name=name, model=model, onnx=folder / "tiny.onnx", precision="float32", figures={"size": 1.0})
         for name in ("original", "cut50-int8", "cut75-int8")

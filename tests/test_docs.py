@@ -25,9 +25,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readme_s_python_runs_as_written(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    run, alone = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    exec(compile(run, "README.md", "exec"), {})
     assert "model" in capsys.readouterr().out  # the sentence
+    exec(compile(alone, "README.md", "exec"), {})
+    assert "same top-1 class as the original on" in capsys.readouterr().out
     assert (project / "attar-runs" / "photos" / "report.html").exists()
 
 

@@ -185,9 +185,9 @@ def test_figures_are_those_counted_by_hand(case: Case) -> None:
 
     agreement = found["agreement", "student"]
     assert agreement.value == same.mean()
-    assert (agreement.low, agreement.high) == stats.wilson(same.sum(), 30)
+    assert (agreement.low, agreement.high) == stats.share_interval(same.sum(), 30)
     assert (agreement.n, agreement.split, agreement.unit) == (30, "test", "share")
-    assert agreement.method == "Wilson 95 %; same top-1 class as the original"
+    assert agreement.method == "exact 95 %; same top-1 class as the original"
     overlap = stats.knn_overlap(before["embedding"], after["embedding"], 10)
     assert found["knn_overlap", "student"].value == pytest.approx(overlap.mean())
     cosines = [np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(before["embedding"], after["embedding"])]
@@ -296,7 +296,7 @@ def test_labels_judge_both_models_as_sklearn_does(case: Case) -> None:
         values = {name: value[test] for name, value in case.outputs(of).items()}
         top, clusters = values["logits"].argmax(1), values["cluster_probabilities"].argmax(1)
         hits = top == truth
-        assert (found["accuracy"].value, found["accuracy"].low) == (hits.mean(), stats.wilson(hits.sum(), 30)[0])
+        assert (found["accuracy"].value, found["accuracy"].low) == (hits.mean(), stats.share_interval(hits.sum(), 30)[0])
         macro = metrics.precision_recall_fscore_support(truth, top, average="macro", zero_division=0)
         assert [found[name].value for name in ("precision", "recall", "f1")] == pytest.approx(macro[:3])
         each = metrics.f1_score(truth, top, average=None, zero_division=0)

@@ -16,7 +16,9 @@ from torch import nn
 
 from attar.models.network import Network
 from attar.stages.compress import prune, repair
-from attar.stages.compress.repair import Moments
+from attar.stages.compress.cutter import repaired
+from attar.stages.compress.reconstruct import reconstruct, route
+from attar.stages.compress.repair import Consumer, Moments
 
 CONVOLUTIONS = [
     pytest.param(lambda: nn.Conv2d(4, 5, 3), id="plain"),
@@ -49,9 +51,10 @@ def _least_squares(x: np.ndarray, weight: np.ndarray, keep: list[int]) -> tuple[
 @pytest.mark.parametrize("make", CONVOLUTIONS)
 def test_patches_are_those_of_unfold(make) -> None:
     layer, x = make(), torch.rand(3, 4, 7, 7, generator=torch.Generator().manual_seed(0))
-    rows = repair.patches(x, layer, torch.Generator().manual_seed(5))
     unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
-    chosen = torch.randperm(unfolded.shape[1], generator=torch.Generator().manual_seed(5))[: repair.POSITIONS]
+    assert repair.positions_of(x, layer) == unfolded.shape[1]
+    chosen = torch.randperm(unfolded.shape[1], generator=torch.Generator().manual_seed(5))[:20]
+    rows = repair.patches(x, layer, chosen)
     assert torch.equal(rows, unfolded[:, chosen].flatten(0, 1))
     weights = repair.weights_of(layer)
     ours = (torch.cat([rows, torch.ones(len(rows), 1)], 1).double() @ weights.T).float()
@@ -59,14 +62,18 @@ def test_patches_are_those_of_unfold(make) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_of_large_maps_and_long_sequences_are_bounded() -> None:
-    generator = torch.Generator().manual_seed(0)
-    assert repair.patches(torch.rand(2, 4, 40, 40), nn.Conv2d(4, 5, 3), generator).shape == (2 * repair.POSITIONS, 36)
-    tokens = torch.arange(2 * 100 * 3.0).reshape(2, 100, 3)
-    rows = repair.patches(tokens, nn.Linear(3, 4), generator)
-    assert rows.shape == (2 * repair.POSITIONS, 3)
-    assert {tuple(row) for row in rows.tolist()} <= {tuple(row) for row in tokens.flatten(0, 1).tolist()}
-    assert torch.equal(repair.patches(tokens[:, :9], nn.Linear(3, 4), generator), tokens[:, :9].flatten(0, 1))
+def test_patches_of_tokens_are_the_tokens() -> None:
+    tokens, layer = torch.arange(2 * 10 * 3.0).reshape(2, 10, 3), nn.Linear(3, 4)
+    assert repair.positions_of(tokens, layer) == 10
+    assert torch.equal(repair.patches(tokens, layer, torch.tensor([7, 2])), tokens[:, [7, 2]].flatten(0, 1))
+    assert repair.positions_of(tokens[:, 0], layer) == 1
+    assert torch.equal(repair.patches(tokens[:, 0], layer, torch.tensor([0])), tokens[:, 0])
+
+
+def test_positions_looked_at_are_bounded_and_different() -> None:
+    chosen = repair.some(1000, torch.Generator().manual_seed(0))
+    assert len(chosen) == len(set(chosen.tolist())) == repair.POSITIONS
+    assert sorted(repair.some(9, torch.Generator().manual_seed(0)).tolist()) == list(range(9))
 
 
 def test_gathered_moments_are_the_mean_over_all_batches() -> None:
@@ -87,7 +94,7 @@ def test_refit_is_numpys_least_squares(seed: int, block: int) -> None:
     width = 5
     x, weight = _random(60, width * block, 3, seed)
     channels = sorted(np.random.default_rng(seed).permutation(width)[:3].tolist())
-    keep = repair.inputs_kept(channels, width, width * block + 1)
+    keep = repair.inputs_kept(torch.tensor(channels), width, width * block + 1)
     assert keep.tolist() == [c * block + i for c in channels for i in range(block)] + [width * block]
     ours = repair.refit(torch.from_numpy(weight), _moments(x), keep)
     np.testing.assert_allclose(ours.numpy(), _least_squares(x, weight, keep.tolist())[0], rtol=1e-5, atol=1e-7)
@@ -98,58 +105,104 @@ def test_refit_with_everything_kept_changes_nothing() -> None:
     np.testing.assert_allclose(repair.refit(torch.from_numpy(weight), _moments(x), torch.arange(7)).numpy(), weight, atol=1e-9)
 
 
+def _consumer(x: np.ndarray, weight: np.ndarray, sensitivity: np.ndarray | None = None) -> Consumer:
+    metric = np.eye(len(weight)) if sensitivity is None else sensitivity
+    return Consumer(torch.from_numpy(weight), _moments(x), torch.from_numpy(metric))
+
+
 @given(st.integers(0, 500), st.integers(1, 3), st.integers(1, 2))
 @settings(deadline=None, max_examples=25)
-def test_damage_is_the_least_squares_error_of_the_channels_removed(seed: int, block: int, consumers: int) -> None:
+def test_damage_is_half_the_least_squares_error_in_the_metric_of_the_outputs(seed: int, block: int, consumers: int) -> None:
     width = 5
     data = [_random(80, width * block, 3, seed + 1000 * number) for number in range(consumers)]
-    order, damage = repair.eliminate([(torch.from_numpy(weight), _moments(x)) for x, weight in data], width)
+    roots = [np.random.default_rng(seed + number).normal(size=(3, 3)) for number in range(consumers)]
+    order, damage = repair.eliminate([_consumer(x, weight, root.T @ root) for (x, weight), root in zip(data, roots)], width)
 
     def error(removed: list[int]) -> float:
-        keep = repair.inputs_kept([c for c in range(width) if c not in removed], width, width * block + 1).tolist()
-        return sum(_least_squares(x, weight, keep)[1] / (x @ weight.T).var(0).sum() for x, weight in data)
+        channels = torch.tensor([c for c in range(width) if c not in removed], dtype=torch.long)
+        keep = repair.inputs_kept(channels, width, width * block + 1).tolist()
+        return sum(_least_squares(x, root @ weight, keep)[1] / 2 for (x, weight), root in zip(data, roots))
 
-    assert len(order) == len(set(order)) == width - 1
-    for removed in range(width):
-        assert damage[removed] == pytest.approx(error(order[:removed]), rel=1e-4, abs=1e-8)
+    assert sorted(order) == list(range(width))
+    for removed in range(width + 1):
+        assert damage[removed] == pytest.approx(error(order[:removed]), rel=1e-4, abs=1e-6)
     assert (np.diff(damage) >= -1e-9).all()
-    for step in range(width - 1):  # each step takes the channel that costs least
+    for step in range(width):  # each step takes the channel that costs least
         rest = [c for c in range(width) if c not in order[:step]]
         best = min(error([*order[:step], c]) for c in rest)
-        assert error(order[: step + 1]) == pytest.approx(best, rel=1e-4, abs=1e-8)
+        assert error(order[: step + 1]) == pytest.approx(best, rel=1e-4, abs=1e-6)
 
 
 def test_a_channel_that_others_replace_goes_first_at_no_damage() -> None:
     weight = _random(1, 4, 3, 0)[1]
     x = np.concatenate([np.random.default_rng(0).normal(size=(200, 4)), np.ones((200, 1))], 1)
     x[:, 2] = 0.5 * x[:, 0] - x[:, 1] + 2
-    order, damage = repair.eliminate([(torch.from_numpy(weight), _moments(x))], 4)
+    order, damage = repair.eliminate([_consumer(x, weight)], 4)
     assert order[0] in (0, 1, 2)
     assert damage[1] < 0.01 < damage[2]
 
 
+def test_channels_that_only_feed_outputs_nobody_minds_go_first() -> None:
+    x, weight = _random(80, 4, 2, 0)
+    weight[0, 2:4], weight[1, :2] = 0, 0  # output 0 reads channels 0 and 1, output 1 the others
+    assert set(repair.eliminate([_consumer(x, weight, np.diag([1.0, 1e-6]))], 4)[0][:2]) == {2, 3}
+    assert set(repair.eliminate([_consumer(x, weight, np.diag([1e-6, 1.0]))], 4)[0][:2]) == {0, 1}
+
+
 def test_order_and_damage_are_bit_equal_when_repeated() -> None:
     x, weight = _random(80, 12, 4, 3)
-    (one, first), (two, second) = (repair.eliminate([(torch.from_numpy(weight), _moments(x))], 6) for _ in range(2))
+    (one, first), (two, second) = (repair.eliminate([_consumer(x, weight)], 6) for _ in range(2))
     assert one == two
     assert np.array_equal(first, second)
 
 
-def _halved(kind: str, repaired: bool) -> tuple[nn.Module, list[str]]:
-    """A network with half of each group's channels gone, the cheapest first."""
+def test_sensitivity_of_a_classifiers_logits_is_the_covariance_of_its_decisions() -> None:
+    """Of logits z the Fisher information is E[diag(p) − p pᵀ], p = softmax(z)."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 4))
+    network = Network(body, "0")
+    batches = [torch.randn(4000, 3) for _ in range(3)]
+    found = repair.sensitivities(network, batches, ["body.0"], seed=0)["body.0"]
+    chances = body(torch.cat(batches)).softmax(1).detach().double()
+    expected = (torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]).mean(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+    again = repair.sensitivities(network, batches, ["body.0"], seed=0)["body.0"]
+    assert torch.equal(found, again)
+
+
+def test_sensitivity_sums_over_positions_and_sees_in_place_activations_through() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    in_place = copy.deepcopy(plain)
+    in_place[1] = nn.ReLU(inplace=True)
+    batches = [images(8), images(5, seed=1)]
+    one, two = (repair.sensitivities(Network(body, "4"), batches, ["body.0"], seed=3)["body.0"] for body in (plain, in_place))
+    assert torch.equal(one, two)
+    assert float(one.trace()) > 0
+    encoder = repair.sensitivities(Network(plain), batches, ["body.0"], seed=3)["body.0"]
+    assert torch.equal(encoder, encoder.T)
+
+
+def _halved(kind: str, how: str) -> tuple[nn.Module, list[str]]:
+    """A network with half of each group's units gone, the cheapest first; as cut, repaired, or reconstructed as well."""
     network, example = made(kind), images(1)
     groups = prune.find_groups(network, example)
     names = sorted({name for group in groups for name in group.consumers})
-    moments = repair.gather(network, [images(32, seed=seed) for seed in range(100, 106)], names, 0)
-    cut, fresh, cuts = copy.deepcopy(network), {}, []
+    batches = [images(32, seed=seed) for seed in range(100, 106)]
+    moments, metric = repair.gather(network, batches, names, 0), repair.sensitivities(network, batches, names, 0)
+    cuts = []
     for group in groups:
-        layers = [(repair.weights_of(network.get_submodule(name)), moments[name]) for name in group.consumers]
-        gone = sorted(repair.eliminate(layers, group.width)[0][: group.width // 2])
-        cuts.append((group.producer, gone))
-        fresh |= repair.repaired_weights(network, group, sorted(set(range(group.width)) - set(gone)), moments)
+        layers = [Consumer(repair.weights_of(network.get_submodule(name)), moments[name], metric[name]) for name in group.consumers]
+        cuts.append((group.name, sorted(repair.eliminate(layers, group.width)[0][: group.width // 2])))
+    cut = copy.deepcopy(network)
     prune.replay(cut, cuts, example)
-    for name, matrix in fresh.items() if repaired else ():
-        repair.write_back(cut.get_submodule(name), matrix)
+    if how != "cut":
+        lost, rows = repaired(cut, network, cuts, example, moments)
+        assert set(lost) <= set(names)
+        if how == "reconstructed":
+            along = route(network, batches[0])
+            order = [name for name in along.order if repair.refittable(cut.get_submodule(name))]
+            reconstruct(cut, network, order, along, rows, batches, 0, lambda: None)
     return cut, names
 
 
@@ -161,9 +214,11 @@ def _distance(kind: str, network: nn.Module) -> float:
 
 @pytest.mark.parametrize("kind", sorted(BODIES))
 def test_repaired_networks_are_nearer_to_the_original_on_images_not_seen(kind: str) -> None:
-    repaired, names = _halved(kind, repaired=True)
-    assert _distance(kind, repaired) < 0.8 * _distance(kind, _halved(kind, repaired=False)[0])
-    assert all(repaired.get_submodule(name).bias is not None for name in names)
+    cut, mended, again = (_distance(kind, _halved(kind, how)[0]) for how in ("cut", "repaired", "reconstructed"))
+    assert mended < 0.8 * cut
+    assert again < 1.05 * mended
+    network, names = _halved(kind, "repaired")
+    assert all(network.get_submodule(name).bias is not None for name in names)
 
 
 @pytest.mark.parametrize("make", CONVOLUTIONS)

@@ -98,7 +98,7 @@ def test_hostile_names_stay_text(html: str) -> None:
 def test_figures_carry_interval_and_n(html: str) -> None:
     text = " ".join(" ".join(part for _, part in Reader(html).texts).split())
     assert "97.8 % 95.2–99.0 %" in text
-    assert "n = 268; test split; Wilson 95 %" in text
+    assert "n = 268; test split; exact 95 %" in text
     assert "1.00 ms 0.98–1.10 ms 3.4× faster 3.1–3.6×" in text
     assert "89.0 % 84.0–93.0 % −1.0 points −3.0 to +0.4" in text
     assert "F1, <dog>" in text

@@ -93,19 +93,47 @@ def test_an_input_without_fixed_size_is_refused(tmp_path: Path) -> None:
         runtime.input_size(session)
 
 
-def test_run_items_stacks_what_single_batches_give(model: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8)
-    ids = np.arange(10) * 3
+def test_a_stream_is_stacked_as_one_batch_gives_it(model: Path) -> None:
+    batch = np.random.default_rng(0).normal(size=(10, 3, 8, 8)).astype(np.float32)
     done: list[int] = []
-    stream = [(ids[i : i + 4], images[i : i + 4]) for i in range(0, 10, 4)]
-    found = runtime.run_items(model, stream, PLAIN, progress=done.append)
+    found = runtime.run_stacked(model, (batch[i : i + 4] for i in range(0, 10, 4)), progress=done.append)
     assert done == [4, 4, 2]
-    whole = runtime.outputs(runtime.open_session(model), runtime.normalise(images, PLAIN))
+    whole = runtime.outputs(runtime.open_session(model), batch)
     for name, value in whole.items():
         assert found[name].dtype == np.float32
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="nothing to run on"):
-        runtime.run_items(model, [], PLAIN)
+        runtime.run_stacked(model, [])
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_a_file_for_a_fixed_number_of_items_is_called_as_often_as_needed(model: Path, tmp_path: Path, count: int) -> None:
+    fixed = onnx.load(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    batch = np.random.default_rng(0).normal(size=(count, 3, 8, 8))  # float64: given in the type the file takes
+    found = runtime.outputs(runtime.open_session(tmp_path / "fixed.onnx"), batch)
+    for name, value in runtime.outputs(runtime.open_session(model), batch).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+    assert runtime.measure_latency({"fixed": tmp_path / "fixed.onnx"}, rounds=1)["fixed"].shape == (1,)
+
+
+def test_noise_has_the_file_s_own_shape_and_type(model: Path, tmp_path: Path) -> None:
+    made = runtime.noise(runtime.open_session(model), seed=3)
+    assert made.shape == (1, 3, 8, 8)
+    assert made.dtype == np.float32
+    assert np.array_equal(made, runtime.noise(runtime.open_session(model), seed=3))
+    tokens = helper.make_graph(
+        [helper.make_node("Cast", ["input"], ["embedding"], to=TensorProto.FLOAT)],
+        "tokens",
+        [helper.make_tensor_value_info("input", TensorProto.INT64, ["n", 5])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 5])],
+    )
+    onnx.save(helper.make_model(tokens, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "tokens.onnx")
+    assert np.array_equal(runtime.noise(runtime.open_session(tmp_path / "tokens.onnx"), seed=0), np.zeros((1, 5), np.int64))
+    with pytest.raises(ModelError, match=r"image tensor\(float\).*expected one, of a fixed shape but for the number of items"):
+        runtime.noise(runtime.open_session(small_model(tmp_path / "free.onnx", side="side")), seed=0)
 
 
 def test_latency_tells_a_heavy_model_from_a_light_one(tmp_path: Path) -> None:

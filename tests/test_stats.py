@@ -27,37 +27,37 @@ def _pair(seed: int = 0, n: int = 300) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 7), (95, 100), (4321, 9000)])
-def test_wilson_is_scipys_interval(successes: int, n: int) -> None:
-    expected = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert stats.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+def test_the_interval_of_a_share_is_scipys_exact_one(successes: int, n: int) -> None:
+    expected = binomtest(successes, n).proportion_ci(0.95, method="exact")
+    assert stats.share_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
-def test_wilson_holds_the_share_and_shrinks_with_n(successes: int, failures: int) -> None:
+def test_the_interval_holds_the_share_and_shrinks_with_n(successes: int, failures: int) -> None:
     n = successes + failures
-    low, high = stats.wilson(successes, n)
+    low, high = stats.share_interval(successes, n)
     assert 0 <= low <= high <= 1
     if n:
         assert low <= successes / n <= high
-        tighter = stats.wilson(10 * successes, 10 * n)
+        tighter = stats.share_interval(10 * successes, 10 * n)
         assert tighter[1] - tighter[0] < high - low
 
 
-def test_wilson_of_nothing_says_nothing() -> None:
-    assert stats.wilson(0, 0) == (0.0, 1.0)
+def test_the_interval_of_nothing_says_nothing() -> None:
+    assert stats.share_interval(0, 0) == (0.0, 1.0)
 
 
-def test_wilson_refuses_impossible_counts() -> None:
+def test_the_interval_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="11 successes of 10; expected 0 to n"):
-        stats.wilson(11, 10)
+        stats.share_interval(11, 10)
     with pytest.raises(ValueError, match="confidence: 95; expected above 0, below 1"):
-        stats.wilson(1, 10, confidence=95)
+        stats.share_interval(1, 10, confidence=95)
 
 
 def test_agreement_counts_equal_decisions() -> None:
     a, b = _pair()
     slow = sum(int(x == y) for x, y in zip(a, b))
-    assert stats.agreement(a, b) == (slow / len(a), *stats.wilson(slow, len(a)))
+    assert stats.agreement(a, b) == (slow / len(a), *stats.share_interval(slow, len(a)))
     with pytest.raises(ValueError, match="3 and 2 rows; expected as many"):
         stats.agreement(np.zeros(3), np.zeros(2))
 

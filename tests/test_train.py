@@ -51,19 +51,11 @@ def test_an_epoch_shows_every_item_once_at_most_and_all_when_the_batch_divides(c
             assert set(seen.tolist()) == set(ids.tolist())
 
 
-@given(st.integers(0, 40), st.booleans())
-def test_batches_do_not_depend_on_where_one_starts(start: int, shared: bool) -> None:
-    ids = np.arange(23)
-    share = np.arange(1, 24) / np.arange(1, 24).sum() if shared else None
-    whole = list(train.batches(ids, 5, range(60), _draw(0), share))
-    resumed = list(train.batches(ids, 5, range(start, 60), _draw(0), share))
+@given(st.integers(0, 40))
+def test_batches_do_not_depend_on_where_one_starts(start: int) -> None:
+    whole = list(train.batches(np.arange(23), 5, range(60), _draw(0)))
+    resumed = list(train.batches(np.arange(23), 5, range(start, 60), _draw(0)))
     assert all(np.array_equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
-
-
-def test_shares_are_how_often_items_are_drawn() -> None:
-    share = np.array([0.5, 0.3, 0.2, 0.0])
-    seen = np.concatenate(list(train.batches(np.arange(4), 4, range(3000), _draw(1), share)))
-    np.testing.assert_allclose(np.bincount(seen, minlength=4) / len(seen), share, atol=0.02)
 
 
 # the loop
@@ -97,7 +89,7 @@ def _fit(
         with torch.no_grad():
             return {"validation_loss": float(error(held))}
 
-    curve = train._loop(modules, 1e-2, steps, stream, loss_of, look, job, "a fit", until_plateau=False)
+    curve = train.optimise(modules, 1e-2, steps, stream, loss_of, look, job, "a fit", until_plateau=False)
     return modules.state_dict(), curve
 
 
@@ -152,7 +144,7 @@ def test_training_ends_with_the_best_it_saw(job: Make) -> None:
         def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             return ((step, np.arange(1), np.zeros(1)) for step in wanted)
 
-        curve = train._loop(modules, 1e-2, 100, stream, loss_of, look, job(), "a fit", until_plateau=until_plateau)
+        curve = train.optimise(modules, 1e-2, 100, stream, loss_of, look, job(), "a fit", until_plateau=until_plateau)
         return modules["net"].weight.detach(), curve
 
     weight, curve = fit(until_plateau=True)
@@ -209,31 +201,6 @@ def _job(job: Make, name: str) -> Job:
     """A job of the stage "train" in a folder of its own: the draws depend on the stage's name, the checkpoints lie in the folder."""
     made = job(name)
     return Job("train", made.folder, quiet=True)
-
-
-def _distil(student: Network, items: Items, job: Job, steps: int) -> tuple[dict[str, float], ...]:
-    ids = items.ids("train")
-    share, clusters = np.full(len(ids), 1 / len(ids)), np.zeros(len(ids), np.int32)
-    return train.distil(student, _encoder(), items, ids, share, PREPROCESS, POLICY, clusters, steps, 16, job, "distilling")
-
-
-def test_distillation_lowers_the_distance_and_leaves_the_batch_norms_statistics(items: Items, job: Make) -> None:
-    student = _encoder(1)
-    statistics = {name: value.clone() for name, value in student.state_dict().items() if "running" in name}
-    curve = _distil(student, items, _job(job, "one"), 40)
-    assert curve[-1]["validation_loss"] < 0.7 * curve[0]["validation_loss"]
-    assert all(torch.equal(value, student.state_dict()[name]) for name, value in statistics.items())
-    again = _encoder(1)
-    assert _distil(again, items, _job(job, "two"), 40) == curve
-    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values()))
-
-
-def test_a_model_that_gives_no_numbers_is_named(items: Items, job: Make) -> None:
-    student = _encoder(1)
-    with torch.no_grad():
-        student.body.stem[0].weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="distilling: the loss is nan at step 0"):
-        _distil(student, items, job(), 5)
 
 
 def test_a_refitted_head_puts_items_in_their_clusters_again() -> None:

@@ -4,6 +4,7 @@ run = attar.run("photos/")                       # scan … report; the same cal
 run.sentence, run["cluster"], run["compress"]    # the result, and the record of any stage
 attar.cluster(run.root, clusters=8)              # one stage again, with other settings
 attar.predict(run.root / "model", ["new.jpg"])   # the small model, without torch
+small = attar.compress(module, tensors, budget="macs<=0.5x", minutes=15)   # any torch module on its own inputs, without a run
 """
 
 from __future__ import annotations
@@ -53,7 +54,21 @@ def _stage(name: str) -> Callable[..., Any]:
 
 
 scan, embed, cluster, curate, augment = map(_stage, ("scan", "embed", "cluster", "curate", "augment"))
-train, compress, evaluate, export, report = map(_stage, ("train", "compress", "evaluate", "export", "report"))
+train, evaluate, export, report = map(_stage, ("train", "evaluate", "export", "report"))
+
+
+def compress(run: Any, inputs: Any = None, *, out: str | Path | None = None, quiet: bool = False, **settings: Any) -> Any:
+    """Takes a run folder to the stage compress; or compresses a torch module on unlabelled inputs, a tensor (items, …) or an iterable of them.
+
+    A module's inputs are taken as they come: images, rows of a table, tokens. The result has `module` (the small torch module), `onnx` (its
+    file), `met` and `reason` (the budget), `certificate` (agreement on untouched items) and `front` (every candidate). `out` is where the files
+    go: the same call resumes there. Settings are those of `attar compress --help`, by name; `student` may be a module too.
+    """
+    if isinstance(run, str | Path):
+        return _stage("compress")(run, quiet=quiet, **settings)
+    from attar.standalone import compress_module
+
+    return compress_module(run, inputs, out=out, quiet=quiet, **settings)
 
 
 def predict(model: str | Path, files: Sequence[str], *, threads: int = 1, workers: int = 2) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import attar
 from attar.config import Option, build_config, options
-from attar.errors import AttarError, BudgetNotReached
+from attar.errors import AttarError, BudgetNotReached, UsageError
 
 STAGES = {
     "scan": "read every item, set aside what is broken, split by content",
@@ -33,6 +33,14 @@ EXAMPLES = {
   attar run photos/ --model hf:facebook/dinov2-small         start from a pretrained model (hub id or folder)
   attar run images/ --model net.py:resnet56 --weights net.safetensors --budget "latency<=0.5x, agreement>=0.98" --minutes 15
   attar run images/ --labels folders                         also judge with labels (never learn from them)""",
+    "compress": """examples:
+  attar compress attar-runs/photos                           goes on from what is done there; flags change its settings
+  attar compress --model net.py:resnet56 --weights net.safetensors --data images/ --budget "macs<=0.5x" --minutes 15
+  attar compress --model hf:FOLDER --data images/ --budget "latency<=0.33x, agreement>=0.98" --out small
+  attar compress --model teacher.onnx --mean 0.5 --std 0.25 --data images/ --student net.py:small
+
+without RUN, the model alone is wanted: a run folder (--out, by default attar-runs/NAME) is taken to the small model, its card and
+its certificate. Exit code 3: the budget was not met, the best found is saved.""",
     "init": "example:\n  attar init && attar run photos/        settings in ./attar.toml are picked up",
     "status": "example:\n  attar status attar-runs/photos",
     "predict": "example:\n  attar predict attar-runs/photos/model new/*.jpg --json",
@@ -86,9 +94,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(run, skip="data")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     for stage, text in STAGES.items():
-        made = add(stage, text, _example(stage))
-        made.add_argument("run", metavar="RUN", help="run folder; a new one needs --data")
-        _add_settings(made, skip="out", last=LAST_SECTION.get(stage, stage))
+        made, alone = add(stage, text, EXAMPLES.get(stage) or _example(stage)), stage == "compress"
+        made.add_argument("run", nargs="?" if alone else None, metavar="RUN", help="run folder; a new one needs --data")
+        _add_settings(made, skip="" if alone else "out", last=LAST_SECTION.get(stage, stage))
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
     predict = add("predict", "cluster and class of images, by the small model", EXAMPLES["predict"])
@@ -126,6 +134,32 @@ def _run(given: argparse.Namespace) -> None:
     body: dict[str, Any] = {"run": str(result.root), "report": str(report), "model": str(result.root / "model"), "result": result.sentence}
     body |= {"budget_met": missed is None, "stages_run": result.ran, "figures": [figure._asdict() for figure in result["evaluate"].figures]}
     _print(body, given.json, f"{result.sentence}\nReport: {report}")
+    if missed:
+        raise missed
+
+
+def _compress(given: argparse.Namespace) -> None:
+    """A run folder to the stage compress; without one, a model and data to the delivered file."""
+    if given.run is not None:
+        if hasattr(given, "out"):
+            raise UsageError(f"out: {given.out}: RUN ({given.run}) is the folder already; give one of the two")
+        _stage(given)
+        return
+    flags, file = _settings(given)
+    config = build_config(flags, file)
+    from attar.pipeline import run_config
+    from attar.stages.report.result import sentence
+
+    try:
+        run, missed = run_config(config, until="export", quiet=given.quiet), None
+    except BudgetNotReached as error:
+        run, missed = error.run, error
+    front, evidence = run["compress"], run["evaluate"]
+    said, certificate, model = sentence(front, evidence, bool(front.original.model.classes)), evidence.certificate, run.root / "model"
+    body: dict[str, Any] = {"run": str(run.root), "model": str(model), "result": said, "budget_met": missed is None, "reason": front.reason}
+    body |= {"certificate": str(certificate), "per_cluster": certificate.per_cluster, "chosen": front.chosen}
+    body |= {"candidates": [{"name": one.name, "precision": one.precision, **one.figures} for one in front.candidates]}
+    _print(body, given.json, f"{said}\nCertificate: {certificate}\nModel: {model / 'student.onnx'}")
     if missed:
         raise missed
 
@@ -170,7 +204,7 @@ def _init(given: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad usage, 3 budget not reached, 130 interrupted."""
     given = make_parser().parse_args(arguments)
-    verbs = {"run": _run, "status": _status, "predict": _predict, "init": _init}
+    verbs = {"run": _run, "compress": _compress, "status": _status, "predict": _predict, "init": _init}
     try:
         verbs.get(given.verb, _stage)(given)
         sys.stdout.flush()

@@ -57,7 +57,7 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
     model: str = "self"
-    """The model: "self" (learn one from the data), "hf:FOLDER-OR-HUB-ID" (transformers), "timm:NAME", or "FILE.py:BUILDER" (your own)."""
+    """The model: "self" (learn one from the data), "hf:FOLDER-OR-HUB-ID" (transformers), "timm:NAME", "FILE.py:BUILDER" (your own), or "FILE.onnx" (frozen: it is followed by a student, never cut)."""
     weights: str | None = None
     """Weights for FILE.py:BUILDER: .safetensors, or a PyTorch checkpoint that loads with weights_only."""
     output: str = "auto"
@@ -173,6 +173,8 @@ class Compress:
     """What the small model must meet, comma-separated: size, latency, macs, parameters (<=, absolute like 3MB or 2ms, or relative like 0.5x) and agreement (>=, with the original)."""
     minutes: float | None = None
     """Time for the compression loop; the step counts that fit are fixed once, from a measured speed, and kept in the run folder. By default they follow from the model's and the data's size alone."""
+    student: str | None = None
+    """Another architecture to distil the original into, instead of cutting it: "self" (a small encoder), "FILE.py:BUILDER", "hf:FOLDER" (with weights, or a bare config.json for random ones) or "timm:NAME". It sees the same inputs as the original, and gets as many logits. For an original from FILE.onnx, which is never cut, "self" where none is named."""
     distil_steps: int | None = None
     """Distillation steps per candidate; overrides what `minutes` or the default would give."""
     distil_batch: int = 64

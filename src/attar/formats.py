@@ -92,7 +92,7 @@ def load_model(folder: Path, name: str) -> r.Model:
     arrays = {key: state.pop(f"head.{key}").numpy() for key in ("mean", "projection", "centroids") if f"head.{key}" in state}
     head = r.Head(**arrays, temperature=temperature) if temperature is not None else None
     pre: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.pop("preprocess").items()}
-    body |= {key: tuple(body[key]) for key in ("classes", "cuts", "lineage", "signals")}
+    body |= {key: tuple(body[key]) for key in ("shape", "classes", "cuts", "lineage", "signals")}
     return r.Model(state=state, head=head, preprocess=r.Preprocess(**pre), **body)
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from attar import labels as judging
 from attar import records as r
-from attar.config import Config, build_config, flatten, read_toml
+from attar.config import Compress, Config, build_config, flatten, read_toml
 from attar.data import absolute
 from attar.errors import BudgetNotReached, UsageError, WorkspaceError
 from attar.formats import read_json
 from attar.models import sources
 from attar.stages.augment.policy import augment
 from attar.stages.cluster import cluster
+from attar.stages.compress.feed import ItemFeed
 from attar.stages.compress.search import compress
 from attar.stages.curate import curate
 from attar.stages.embed import embed
@@ -30,7 +31,14 @@ from attar.stages.export import export
 from attar.stages.report.page import report
 from attar.stages.scan import fingerprint, scan
 from attar.stages.train import train
-from attar.workspace import Stage, Workspace
+from attar.workspace import Job, Stage, Workspace
+
+
+def _compress(
+    items: r.Items, clusters: r.Clusters, selection: r.Selection, policy: r.Policy, model: r.Model, settings: Compress, job: Job
+) -> r.Front:
+    """Compression sees the run folder's items through a feed, and nothing else of them."""
+    return compress(ItemFeed(items, clusters, selection, policy, model.preprocess, job), model, settings, job)
 
 
 def _report(*given: Any) -> r.Page:
@@ -48,7 +56,13 @@ SPINE: dict[str, Stage] = {
     "curate": Stage(make=curate, record=r.Selection, needs=("scan", "embed", "cluster"), settings=("curate",)),
     "augment": Stage(make=augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment",)),
     "train": Stage(make=train, record=r.Model, needs=("scan", "embed", "cluster", "curate", "augment"), settings=("train", "embed")),
-    "compress": Stage(make=compress, record=r.Front, needs=("scan", "cluster", "curate", "augment", "train"), settings=("compress",)),
+    "compress": Stage(
+        make=_compress,
+        record=r.Front,
+        needs=("scan", "cluster", "curate", "augment", "train"),
+        settings=("compress",),
+        fingerprint=sources.student_fingerprint,
+    ),
     "evaluate": Stage(
         make=evaluate,
         record=r.Evidence,
@@ -109,17 +123,21 @@ def run_config(config: Config, *, until: str = "report", quiet: bool = False) ->
 
 def _anchored(config: Config) -> Config:
     """The settings with absolute paths, so that a run can be continued from any folder; raises UsageError for an unknown model source."""
-    kind, model, weights, labels = sources.kind_of(config.model.model), config.model.model, config.model.weights, config.evaluate.labels
-    if kind == "file":
-        model = absolute(model)
-    elif kind == "hf" and Path(model[3:]).expanduser().is_dir():
-        model = f"hf:{absolute(model[3:])}"
+    weights, labels, student = config.model.weights, config.evaluate.labels, config.compress.student
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, data=absolute(config.data.data)),
-        model=dataclasses.replace(config.model, model=model, weights=weights and absolute(weights)),
+        model=dataclasses.replace(config.model, model=_anchored_source(config.model.model), weights=weights and absolute(weights)),
+        compress=dataclasses.replace(config.compress, student=student and _anchored_source(student)),
         evaluate=dataclasses.replace(config.evaluate, labels=labels if labels == "folders" else labels and absolute(labels)),
     )
+
+
+def _anchored_source(source: str) -> str:
+    kind = sources.kind_of(source)
+    if kind in ("file", "onnx"):
+        return absolute(source)
+    return f"hf:{absolute(source[3:])}" if kind == "hf" and Path(source[3:]).expanduser().is_dir() else source
 
 
 def continue_config(run: str | Path, given: Mapping[str, Any], file: str | Path | None = None) -> Config:

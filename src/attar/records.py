@@ -200,6 +200,10 @@ class Model:
     state: Mapping[str, Any]
     """name → torch tensor."""
     preprocess: Preprocess
+    shape: tuple[int, ...] = ()
+    """Shape of one input that comes as a tensor and is taken as it is; empty for images, whose shape is that of `preprocess`."""
+    dtype: str = "float32"
+    """Type of the inputs."""
     classes: tuple[str, ...] = ()
     """Class names in the order of the logits; empty for an encoder."""
     cuts: tuple[Any, ...] = ()
@@ -224,7 +228,7 @@ class Figure(NamedTuple):
     high: float
     n: int
     split: str
-    method: str  # how the interval was made: "Wilson 95 %", "bootstrap 95 %", "count"
+    method: str  # how the interval was made: "exact 95 %", "bootstrap 95 %", "count"
     unit: str  # "share", "ms", "bytes", "ratio" …
 
 
@@ -237,7 +241,7 @@ class Candidate:
     onnx: Path
     """The file as it would be shipped."""
     precision: str
-    """"float32" or "int8"."""
+    """"float32", "float16" or "int8"."""
     figures: Mapping[str, float]
     """size (bytes), parameters, macs, latency (ms), agreement (validation share) and n of it; ratios to the original end in "_ratio"."""
 
@@ -261,6 +265,23 @@ class Front:
         return next(c for c in (*self.candidates, self.original) if c.name == self.chosen)
 
 
+class Certificate(NamedTuple):
+    """What the student keeps of the original, on test items that nothing was fitted to, chosen on or calibrated with."""
+
+    kind: str  # what agreeing means: "same top-1 class as the original", or the same most probable cluster
+    agreement: Figure
+    worst_cluster: Figure | None  # of the clusters with enough test items; None where there is none
+    per_cluster: tuple[Mapping[str, Any], ...]  # cluster, n, value, low, high
+
+    def __str__(self) -> str:
+        text = f"{self.kind} on {_interval(self.agreement)} untouched test items"
+        return text + (f"; in the worst cluster on {_interval(self.worst_cluster)}" if self.worst_cluster else "")
+
+
+def _interval(figure: Figure) -> str:
+    return f"{figure.value:.1%} (95 % interval {figure.low:.1%} to {figure.high:.1%}) of {figure.n}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     figures: tuple[Figure, ...]
@@ -271,6 +292,12 @@ class Evidence:
 
     def get(self, name: str, of: str = "student") -> Figure | None:
         return next((f for f in self.figures if f.name == name and f.of == of), None)
+
+    @property
+    def certificate(self) -> Certificate:
+        agreement = next(figure for figure in self.figures if figure.name == "agreement")
+        kind = agreement.method.partition("; ")[2]
+        return Certificate(kind, agreement, self.get("agreement_worst_cluster"), self.per_cluster)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,39 +9,38 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import beta
 
 BLOCK_BYTES = 16 << 20  # of the similarities the neighbour search holds; larger blocks leave the caches and are slower
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = successes / n.
+def share_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a share: the quantiles (1 ∓ confidence)/2 of Beta(s, n − s + 1) and Beta(s + 1, n − s) (Clopper and Pearson 1934).
 
-    Keeps its coverage near 0 and 1 and at small n (Wilson 1927; Brown, Cai and DasGupta 2001). n = 0 says nothing: (0, 1).
+    It never covers less than it says, at any n and share; Wilson's score interval does so only on average. n = 0 says nothing: (0, 1).
 
-    >>> [round(bound, 3) for bound in wilson(98, 100)]
-    [0.93, 0.994]
+    >>> [round(bound, 3) for bound in share_interval(98, 100)]
+    [0.93, 0.998]
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}; expected 0 to n")
-    if n == 0:
-        return 0.0, 1.0
-    z = _z(confidence)
-    p, q = successes / n, z * z / n
-    half = z * np.sqrt(p * (1 - p) / n + q / (4 * n))
-    low, high = ((p + q / 2 + side * half) / (1 + q) for side in (-1, 1))
-    # At the ends the bound is exactly 0 or 1; rounding would leave 1e−18.
-    return (0.0 if successes == 0 else float(low)), (1.0 if successes == n else float(high))
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence}; expected above 0, below 1")
+    tail = (1 - confidence) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return low, high
 
 
-def agreement(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Share of items two models decide alike, with its Wilson interval: a, b (n,) decisions → (share, low, high).
+def agreement(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Share of items two models decide alike, with its exact interval: a, b (n,) decisions → (share, low, high).
 
     >>> agreement(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 0]))[0]
     0.75
     """
     _same_length(a, b)
     equal = int(np.count_nonzero(np.asarray(a) == np.asarray(b)))
-    return (equal / len(a), *wilson(equal, len(a)))
+    return (equal / len(a), *share_interval(equal, len(a), confidence))
 
 
 def bootstrap(

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from attar.errors import ModelError
 from attar.records import Head
 
 
-def plain(output: Any) -> Tensor:
-    """The tensor that matters in what a model returns: a tensor itself, or the logits, pooled or last hidden state of a transformers output.
-
-    Maps (n, c, h, w) are averaged over space, token sequences (n, t, d) over tokens.
-    """
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that matters in what a model returns: a tensor itself, or the logits, pooled or last hidden state of a transformers output."""
     if isinstance(output, Mapping):
         keys = [key for key in ("logits", "pooler_output", "last_hidden_state") if output.get(key) is not None]
         if not keys:
@@ -28,6 +26,12 @@ def plain(output: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise ModelError(f"the model returns {type(output).__name__}; expected a tensor (items, channels)")
+    return output
+
+
+def plain(output: Any) -> Tensor:
+    """What a model returns as one vector per item: maps (n, c, h, w) are averaged over space, token sequences (n, t, d) over tokens."""
+    output = tensor_of(output)
     return output.flatten(2).mean(2) if output.dim() == 4 else output.mean(1) if output.dim() == 3 else output
 
 
@@ -42,7 +46,7 @@ def memory_layout(body: nn.Module) -> torch.memory_format:
 
 
 class Network(nn.Module):
-    """A model as images (n, 3, h, w) → (embedding (n, d), logits (n, c) or None).
+    """A model as inputs (images (n, 3, h, w), or whatever it takes) → (embedding (n, d), logits (n, c) or None).
 
     The embedding of a classifier is what enters its last linear layer, found by comparing every layer's output with the logits.
     """
@@ -84,6 +88,27 @@ def find_classifier(body: nn.Module, example: Tensor) -> str | None:
     return equal[-1] if equal else None
 
 
+class Topped(nn.Module):
+    """A body whose output, one vector per item, goes through a linear layer."""
+
+    def __init__(self, body: nn.Module, width: int, outputs: int) -> None:
+        super().__init__()
+        self.body, self.top = body, nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(plain(self.body(x)))
+
+
+def end_with(body: nn.Module, layer: str | None, width: int, outputs: int) -> nn.Module:
+    """A body with other outputs: its last layer replaced by a fresh one of so many, or (0) left out; without one, a linear layer on top."""
+    if layer is None:
+        return Topped(body, width, outputs)
+    convolves = isinstance(body.get_submodule(layer), nn.Conv2d)
+    made = nn.Identity() if not outputs else nn.Conv2d(width, outputs, 1) if convolves else nn.Linear(width, outputs)
+    body.set_submodule(layer, made)
+    return body
+
+
 class Shipped(nn.Module):
     """What the exported file computes: embedding, cluster probabilities, and logits where the model has classes."""
 
@@ -119,7 +144,8 @@ class ClusterHead(nn.Module):
 
 def count_macs(network: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates of one item (convolutions, linear layers, matrix products, attention), from torch's own counter."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Fused attention is not counted on the CPU; taken apart into its products it is.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(example[:1])
     return counter.get_total_flops() // 2
 

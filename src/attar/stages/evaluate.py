@@ -7,7 +7,7 @@ files take turns at batch 1 in a process of their own. Labels only judge: no oth
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ from attar.config import Evaluate
 from attar.errors import DataError
 from attar.labels import read_labels
 from attar.modalities.image import Loader
-from attar.records import Clusters, Evidence, Figure, Front, Items, Model, Preprocess, Selection
+from attar.models import frozen
+from attar.records import Clusters, Evidence, Figure, Front, Items, Model, Selection
 from attar.workspace import Job
 
 BATCH = 32
@@ -27,6 +28,7 @@ SHARD = 1024  # test items between two saves
 SAMPLE = 10_000  # test items whose embeddings are kept for the neighbour figures: bounds their memory and time
 ROUNDS = 30
 REPEATS = 1000
+SIDES = ("original", "student")
 SMALLEST_CLUSTER = 5  # items; the worst of smaller clusters is mostly chance
 
 
@@ -46,6 +48,10 @@ class Findings(NamedTuple):
     notes: list[str]
 
 
+Inputs = Callable[[np.ndarray], Iterator[np.ndarray]]
+"""Model inputs of some ids, in their order, a batch at a time."""
+
+
 def evaluate(items: Items, clusters: Clusters, selection: Selection, model: Model, front: Front, settings: Evaluate, job: Job) -> Evidence:
     """Every figure of original and student on the test items that are neither leaks nor duplicates.
 
@@ -61,13 +67,37 @@ def evaluate(items: Items, clusters: Clusters, selection: Selection, model: Mode
             raise DataError(
                 f"labels: {settings.labels}: none of the {len(ids)} test items is labelled; label some of them, or drop --labels"
             )
-    seen = _decide(items, ids, model.preprocess, front, job)
-    per_cluster = _per_cluster(seen, clusters.count)
-    parts = [_agreement(seen, per_cluster), _embeddings(seen, settings.neighbours, job), _costs(front), _latency(front, job)]
-    if labels is not None:
-        parts += [_class_figures(seen, labels, model, job), _label_figures(seen, labels, settings.neighbours, job)]
+
+    def judge(seen: Decisions) -> list[Findings]:
+        if labels is None:
+            return []
+        return [_class_figures(seen, labels, model, job), _label_figures(seen, labels, settings.neighbours, job)]
+
+    with Loader(items, model.preprocess, workers=job.workers) as loader:
+
+        def inputs(part: np.ndarray) -> Iterator[np.ndarray]:
+            stream = loader.stream(part[low : low + BATCH] for low in range(0, len(part), BATCH))
+            return (runtime.normalise(images, model.preprocess) for _, images in stream)
+
+        return measure(ids, inputs, clusters.count, front, settings, notes, judge, job)
+
+
+def measure(
+    ids: np.ndarray,
+    inputs: Inputs,
+    clusters: int,
+    front: Front,
+    settings: Evaluate,
+    notes: list[str],
+    judge: Callable[[Decisions], list[Findings]],
+    job: Job,
+) -> Evidence:
+    """Every figure of original and student on test items, wherever their inputs come from; `judge` adds what labels tell."""
+    seen = _decide(ids, inputs, front, job)
+    per_cluster = _per_cluster(seen, clusters)
+    parts = [_agreement(seen, per_cluster), _embeddings(seen, settings.neighbours, job), _costs(front), _latency(front, job), *judge(seen)]
     figures = tuple(figure for part in parts for figure in part.figures)
-    notes += [note for part in parts for note in part.notes]
+    notes = [*notes, *(note for part in parts for note in part.notes)]
     evidence = Evidence(figures=figures, per_cluster=tuple(per_cluster), notes=tuple(notes))
     job.say(_headline(evidence, _threads(front)))
     return evidence
@@ -86,57 +116,54 @@ def _untouched(items: Items, selection: Selection) -> tuple[np.ndarray, list[str
     return left, [f"The figures rest on {len(left)} of {len(ids)} test items; {counts} were left out."]
 
 
-def _decide(items: Items, ids: np.ndarray, preprocess: Preprocess, front: Front, job: Job) -> Decisions:
+def _decide(ids: np.ndarray, inputs: Inputs, front: Front, job: Job) -> Decisions:
     """Runs both files on the items; a finished shard is not run again after an interruption."""
     kept = np.zeros(len(ids), bool)
     kept[job.rng("neighbours").choice(len(ids), SAMPLE, replace=False) if len(ids) > SAMPLE else slice(None)] = True
-    files = {"original": front.original.onnx, "student": front.student.onnx}
     shards = []
-    label = "running original and student on the test split"
-    with Loader(items, preprocess, workers=job.workers) as loader, job.progress(len(ids), label) as bar:
+    with job.progress(len(ids), "running original and student on the test split") as bar:
         for number, start in enumerate(range(0, len(ids), SHARD)):
             part, keep = ids[start : start + SHARD], kept[start : start + SHARD]
-            stream = loader.stream(part[low : low + BATCH] for low in range(0, len(part), BATCH))
-            batches = runtime.run_batches(files, stream, preprocess, threads=front.threads)
-            shards.append(job.shard(number, functools.partial(_table, batches, keep, bar.update)))
+            shards.append(job.shard(number, functools.partial(_table, part, inputs, front, keep, bar.update)))
             bar.update(start + len(part) - bar.n)  # a shard that was kept from before
     table = pa.concat_tables(shards)
     pick = {name: table[name].to_numpy() for name in table.column_names if not name.endswith("embedding")}
     embedding = {}
-    for of in files:
+    for of in SIDES:
         column = table[f"{of}_embedding"].combine_chunks()
         embedding[of] = column.flatten().to_numpy().reshape(kept.sum(), -1)
-    top, cluster = ({of: pick[f"{of}_{kind}"] for of in files if f"{of}_{kind}" in pick} for kind in ("top", "cluster"))
+    top, cluster = ({of: pick[f"{of}_{kind}"] for of in SIDES if f"{of}_{kind}" in pick} for kind in ("top", "cluster"))
     return Decisions(pick["id"], top, cluster, pick["cosine"], np.flatnonzero(kept), embedding)
 
 
-def _table(
-    batches: Iterable[tuple[np.ndarray, dict[str, dict[str, np.ndarray]]]], keep: np.ndarray, tick: Callable[[int], Any]
-) -> pa.Table:
+def _table(part: np.ndarray, inputs: Inputs, front: Front, keep: np.ndarray, tick: Callable[[int], Any]) -> pa.Table:
     """Decisions of one shard as a table; embeddings only where `keep` says so, empty lists elsewhere."""
-    parts = []
-    for ids, found in batches:
-        kept, keep = keep[: len(ids)], keep[len(ids) :]
+    sides, rows, start = dict(zip(SIDES, (front.original, front.student))), [], 0
+    files = {of: one.onnx for of, one in sides.items()}
+    for values in runtime.run_batches(files, inputs(part), threads=front.threads):
+        found = {of: frozen.answers(values[of], one.model.source, one.model.head) for of, one in sides.items()}
+        count = len(found["original"]["embedding"])
+        ids, kept, start = part[start : start + count], keep[start : start + count], start + count
         columns: dict[str, Any] = {"id": ids}
-        for of, values in found.items():
-            if "logits" in values:
-                columns[f"{of}_top"] = values["logits"].argmax(axis=1)
-            columns[f"{of}_cluster"] = values["cluster_probabilities"].argmax(axis=1)
-            flat, width = values["embedding"][kept].ravel(), values["embedding"].shape[1]
+        for of, answer in found.items():
+            if "logits" in answer:
+                columns[f"{of}_top"] = answer["logits"].argmax(axis=1)
+            columns[f"{of}_cluster"] = answer["cluster_probabilities"].argmax(axis=1)
+            flat, width = answer["embedding"][kept].ravel(), answer["embedding"].shape[1]
             offsets = np.concatenate([[0], np.cumsum(kept) * width]).astype(np.int64)
             columns[f"{of}_embedding"] = pa.LargeListArray.from_arrays(offsets, pa.array(flat, pa.float32()))
-        original, student = (found[of]["embedding"] for of in ("original", "student"))
-        columns["cosine"] = stats.cosine(original, student) if original.shape == student.shape else np.full(len(ids), np.nan, np.float32)
-        parts.append(pa.table(columns))
-        tick(len(ids))
-    return pa.concat_tables(parts)
+        original, student = (found[of]["embedding"] for of in SIDES)
+        columns["cosine"] = stats.cosine(original, student) if original.shape == student.shape else np.full(count, np.nan, np.float32)
+        rows.append(pa.table(columns))
+        tick(count)
+    return pa.concat_tables(rows)
 
 
 def _share(name: str, of: str, hits: np.ndarray, what: str) -> Figure:
-    """The share of true hits (n,) with its Wilson interval."""
+    """The share of true hits (n,) with its exact interval."""
     n, count = len(hits), int(np.count_nonzero(hits))
-    low, high = stats.wilson(count, n)
-    return Figure(name, of, count / n, low, high, n, "test", f"Wilson 95 %; {what}", "share")
+    low, high = stats.share_interval(count, n)
+    return Figure(name, of, count / n, low, high, n, "test", f"exact 95 %; {what}", "share")
 
 
 def _mean(name: str, of: str, values: np.ndarray, what: str, job: Job, unit: str = "share") -> Figure:
@@ -168,9 +195,11 @@ def _agreement(seen: Decisions, per_cluster: list[dict[str, Any]]) -> Findings:
     notes = []
     if large:
         worst = min(large, key=lambda row: row["value"])
-        method = f"Wilson 95 %; lowest of the {len(large)} clusters with at least {SMALLEST_CLUSTER} test items: cluster {worst['cluster']}"
-        value, low, high, n = (worst[key] for key in ("value", "low", "high", "n"))
-        figures.append(Figure("agreement_worst_cluster", "student", value, low, high, n, "test", method, "share"))
+        # The lowest of k is low partly by chance: its interval holds only if those of all k hold together (Bonferroni).
+        inside = seen.cluster["original"] == worst["cluster"]
+        value, low, high = stats.agreement(decision["original"][inside], decision["student"][inside], 1 - 0.05 / len(large))
+        method = f"exact 95 % for all clusters together; lowest of the {len(large)} clusters with at least {SMALLEST_CLUSTER} test items: cluster {worst['cluster']}"
+        figures.append(Figure("agreement_worst_cluster", "student", value, low, high, worst["n"], "test", method, "share"))
     else:
         notes.append(f"agreement_worst_cluster was not measured: no cluster has {SMALLEST_CLUSTER} test items.")
     same = seen.cluster["original"] == seen.cluster["student"]
@@ -337,10 +366,10 @@ def _cluster_scores(of: str, codes: np.ndarray, clusters: np.ndarray, labels: in
 
 
 def _headline(evidence: Evidence, threads: str) -> str:
-    figures = {(figure.name, figure.of): figure for figure in evidence.figures}
-    agreement, size, latency = (figures[name, "student"] for name in ("agreement", "size_ratio", "latency_ratio"))
-    before, after = (figures["latency_ms", of].value for of in ("original", "student"))
+    values = {(figure.name, figure.of): figure.value for figure in evidence.figures}
+    size, latency = (values[name, "student"] for name in ("size_ratio", "latency_ratio"))
+    before, after = (values["latency_ms", of] for of in SIDES)
     return (
-        f"student agrees with the original on {agreement.value:.1%} (95 % interval {agreement.low:.1%} to {agreement.high:.1%}) of {agreement.n} "
-        f"untouched test items, at {size.value:.2f}x its size and {latency.value:.2f}x its latency ({before:.2f} → {after:.2f} ms, {threads})"
+        f"student gives the {evidence.certificate}, at {size:.2f}x the original's size and {latency:.2f}x its latency "
+        f"({before:.2f} → {after:.2f} ms, {threads})"
     )

@@ -1,10 +1,12 @@
-"""export: the chosen candidate becomes RUN/model — one ONNX file that says how to feed it, checked against torch on real items."""
+"""export: the chosen candidate becomes RUN/model, one ONNX file that says how to feed it, checked against torch on real items."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +24,92 @@ from attar.runtime import open_session, outputs
 from attar.stages.augment.engine import normalise
 from attar.workspace import Job
 
+CHECKED = 128
+"""Test items the file is checked on."""
+
 
 def write_onnx(model: Model, path: Path) -> None:
-    """The file of a model: image (n, 3, height, width) normalised → embedding, cluster_probabilities, logits where it has classes."""
+    """The file of a model: inputs as it takes them → embedding, cluster_probabilities, logits where it has classes; a frozen model's own file.
+
+    The input is called "image" where it has three axes (channels, height, width), else "input".
+    """
+    if model.source["kind"] == "onnx":
+        shutil.copyfile(model.source["path"], path)
+        return
     shipped = Shipped(sources.network(model), model.head).eval()  # type: ignore[arg-type]
+    example = sources.example_input(model, 2)
+    taken = "image" if example.dim() == 4 else "input"
     names = ["embedding", "cluster_probabilities", *(["logits"] if model.classes else [])]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracer warnings about Python values that are constant here: the size is fixed
         torch.onnx.export(
             shipped,
-            (sources.example_input(model, 2),),
+            (example,),
             str(path),
             dynamo=False,  # one second instead of ten, readable node names, no further package
             opset_version=17,
-            input_names=["image"],
+            input_names=[taken],
             output_names=names,
-            dynamic_axes={name: {0: "items"} for name in ("image", *names)},
+            dynamic_axes={name: {0: "items"} for name in (taken, *names)},
         )
 
 
 def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Job) -> Export:
-    """The delivered file with its metadata, its card, and how far it is from the torch model on real test items."""
+    """The delivered file of a run folder with its metadata and its card, checked on its test images."""
+    preprocess, ids = model.preprocess, items.ids("test")[:CHECKED]
+
+    def batches() -> Iterator[torch.Tensor]:
+        with Loader(items, preprocess, workers=job.workers) as loader:
+            for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 32))):
+                yield normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+
+    return deliver(model, front, evidence, batches(), job)
+
+
+def deliver(model: Model, front: Front, evidence: Evidence, batches: Iterable[torch.Tensor], job: Job) -> Export:
+    """The delivered file with its metadata, its card, and how far it is from the torch model on batches of test inputs."""
     student = front.student
-    lineage = [*student.model.lineage, f"delivered as {student.precision}"]
+    graph = onnx.load(student.onnx)
+    session = open_session(student.onnx)
+    (taken,) = session.get_inputs()
+    example = sources.example_input(student.model)
+    known: dict[str, Any] = {
+        "classes": list(model.classes),
+        "clusters": len(model.head.centroids),  # type: ignore[union-attr]
+        "lineage": [*student.model.lineage, f"delivered as {student.precision}"],
+    }
+    if not model.shape:  # tensors come prepared: nobody can prepare them from here
+        known = {"preprocess": dataclasses.asdict(model.preprocess)} | known
     card: dict[str, Any] = {
         "attar": __version__,
         "file": "student.onnx",
         "precision": student.precision,
-        "input": {"name": "image", "type": "float32", "shape": ["items", 3, *model.preprocess.size], "colour": "RGB"},
-        "outputs": ["embedding", "cluster_probabilities", *(["logits"] if model.classes else [])],
-        "preprocess": dataclasses.asdict(model.preprocess),
-        "classes": list(model.classes),
-        "clusters": len(model.head.centroids),  # type: ignore[union-attr]
+        "input": {"name": taken.name, "type": str(example.dtype).removeprefix("torch."), "shape": ["items", *example.shape[1:]]},
+        "outputs": [output.name for output in session.get_outputs()],
+        **known,
         "budget": {"asked": front.budget, "met": front.met, "reason": front.reason},
+        "certificate": str(evidence.certificate),
         "figures": [figure._asdict() for figure in evidence.figures],
         "notes": list(evidence.notes),
-        "lineage": lineage,
     }
-    graph = onnx.load(student.onnx)
-    known = {key: card[key] for key in ("preprocess", "classes", "clusters", "lineage")} | {"version": __version__}
-    graph.metadata_props.add(key="attar", value=json.dumps(known, ensure_ascii=False))
+    if not model.shape:
+        card["input"]["colour"] = "RGB"
+    graph.metadata_props.add(key="attar", value=json.dumps(known | {"version": __version__}, ensure_ascii=False))
     file = job.folder / "student.onnx"
     job.folder.mkdir(parents=True, exist_ok=True)
     onnx.save(graph, file)
-    checks = check(file, student.model, items, job)
+    checks = check(file, student.model, batches)
     job.say(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in checks.items()))
     return Export(onnx=file, card=card | {"checks": checks}, checks=checks)
 
 
-def check(file: Path, model: Model, items: Items, job: Job, count: int = 128) -> dict[str, float]:
-    """The file against the torch model it was made from, on test items: cosine of embeddings and equal decisions."""
-    ids = items.ids("test")[:count]
+def check(file: Path, model: Model, batches: Iterable[torch.Tensor]) -> dict[str, float]:
+    """The file against the torch model it was made from, on batches of inputs: cosine of embeddings and equal decisions."""
     network: nn.Module = Shipped(sources.network(model), model.head).eval()  # type: ignore[arg-type]
-    session, preprocess = open_session(file), model.preprocess
+    session = open_session(file)
     cosine, equal, largest = [], [], 0.0
-    with Loader(items, preprocess, workers=job.workers) as loader, torch.no_grad():
-        for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 32))):
-            batch = normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+    with torch.no_grad():
+        for batch in batches:
             ours = [output.numpy() for output in network(batch)]
             theirs = list(outputs(session, batch.contiguous().numpy()).values())
             norms = np.linalg.norm(ours[0], axis=1) * np.linalg.norm(theirs[0], axis=1)
@@ -86,7 +117,7 @@ def check(file: Path, model: Model, items: Items, job: Job, count: int = 128) ->
             equal.append(ours[-1].argmax(1) == theirs[-1].argmax(1))
             largest = max(largest, float(np.abs(ours[0] - theirs[0]).max()))
     return {
-        "items": float(len(ids)),
+        "items": float(sum(map(len, equal))),
         "embedding_cosine": float(np.concatenate(cosine).mean()),
         "embedding_largest_difference": largest,
         "equal_decisions": float(np.concatenate(equal).mean()),

@@ -1,4 +1,4 @@
-"""Training loops on unlabelled items: contrastive (learn an encoder) and distillation (follow an original).
+"""Training on unlabelled items: the loop that distillation shares, and contrastive learning of an encoder.
 
 Both are exact under interruption: a step's batch and augmentation depend on the seed and the step number alone, and a
 checkpoint holds weights, optimiser and step, so a resumed run takes the same steps as one that was never stopped.
@@ -22,29 +22,24 @@ from attar.errors import ModelError
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Network
-from attar.models.objectives import distillation, effective_rank, nt_xent
+from attar.models.objectives import effective_rank, nt_xent
 from attar.records import Clusters, Head, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment.engine import augment, normalise
 from attar.stages.cluster import principal_axes, squared_distances, unit
 from attar.workspace import Job
 
-CONTRASTIVE_RATE, DISTILLING_RATE = 2e-3, 3e-4
-"""Peak learning rates of AdamW: from scratch, and from weights that are nearly right."""
+RATE = 2e-3
+"""Peak learning rate of AdamW, from scratch."""
 CHECKPOINT_SECONDS = 20.0
 PATIENCE = 6
 """Looks at the validation loss without an improvement of MARGIN after which training has reached its plateau."""
 MARGIN = 0.003
 
 
-def batches(
-    ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator], share: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """Ids of the batch of each step: without `share` by epochs of a fresh permutation, with it drawn in proportion to it."""
+def batches(ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
+    """Ids of the batch of each step, by epochs of a fresh permutation."""
     per_epoch, epoch, order = max(1, len(ids) // size), -1, ids
     for step in steps:
-        if share is not None:
-            yield draw(step).choice(ids, min(size, len(ids)), p=share)
-            continue
         if step // per_epoch != epoch:
             epoch = step // per_epoch
             order = draw(epoch).permutation(ids)
@@ -56,7 +51,7 @@ Stream = Callable[[range], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 """For a range of steps: step, ids and uint8 images (n, height, width, 3) of its batch."""
 
 
-def _loop(
+def optimise(
     modules: nn.ModuleDict,
     rate: float,
     steps: int,
@@ -122,9 +117,9 @@ def _optimiser(modules: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": decay, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}], lr=rate)
 
 
-def _streamer(loader: Loader, ids: np.ndarray, size: int, job: Job, share: np.ndarray | None = None) -> Stream:
+def _streamer(loader: Loader, ids: np.ndarray, size: int, job: Job) -> Stream:
     def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        drawn = batches(ids, size, wanted, lambda number: job.rng("batch", number), share)
+        drawn = batches(ids, size, wanted, lambda number: job.rng("batch", number))
         for step, (batch, images) in zip(wanted, loader.stream(drawn)):
             yield step, batch, images
 
@@ -184,9 +179,9 @@ def contrastive(
                 loss = nt_xent(projector(first), projector(second), settings.temperature)
             return {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
 
-        curve = _loop(
+        curve = optimise(
             modules,
-            CONTRASTIVE_RATE,
+            RATE,
             steps,
             _streamer(loader, ids, size, job),
             loss_of,
@@ -197,59 +192,6 @@ def contrastive(
         )
     network.eval()
     return curve
-
-
-def distil(
-    student: Network,
-    teacher: Network,
-    items: Items,
-    ids: np.ndarray,
-    share: np.ndarray,
-    preprocess: Preprocess,
-    policy: Policy,
-    clusters: np.ndarray,
-    steps: int,
-    batch: int,
-    job: Job,
-    label: str,
-) -> tuple[dict[str, float], ...]:
-    """Trains a student in place to give its teacher's outputs on augmented training items; `share` is how often each of `ids` is drawn.
-
-    Batch norms keep their statistics (evaluation mode): after the cut and its repair they are right, and models whose norms were
-    folded away would be destroyed by batch statistics. Returns the curve: step, loss, validation loss.
-    """
-    place = {int(identity): index for index, identity in enumerate(ids)}
-    student.eval()
-    teacher.eval()
-
-    def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
-        own = clusters[[place[int(identity)] for identity in batch]]
-        views = normalise(augment(images, policy, own, job.rng("view", step)), preprocess.mean, preprocess.std)
-        with torch.no_grad():
-            target = teacher(views)
-        return distillation(student(views), target)
-
-    with Loader(items, preprocess, workers=job.workers) as loader:
-        held = torch.from_numpy(loader.batch(held_out(items, job))).permute(0, 3, 1, 2).float() / 255
-        held = normalise(held, preprocess.mean, preprocess.std)
-        with torch.no_grad():
-            target = teacher(held)
-
-        def look() -> dict[str, float]:
-            with torch.no_grad():
-                return {"validation_loss": round(float(distillation(student(held), target)), 5)}
-
-        return _loop(
-            nn.ModuleDict({"student": student}),
-            DISTILLING_RATE,
-            steps,
-            _streamer(loader, ids, batch, job, share),
-            loss_of,
-            look,
-            job,
-            label,
-            until_plateau=False,
-        )
 
 
 def default_steps(count: int, batch: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from attar.errors import UsageError
@@ -40,6 +40,11 @@ class Constraint(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.metric}{'>=' if self.metric == 'agreement' else '<='}{self.limit:g}{'x' if self.relative else 'ms' if self.metric == 'latency' else ''}"
+
+
+def excess(constraints: Iterable[Constraint], figures: Mapping[str, float]) -> float:
+    """By what factor the worst of several limits is missed; 1 or less when all are met, 0 when there are none."""
+    return max((constraint.shortfall(figures) for constraint in constraints), default=0.0)
 
 
 def parse_budget(text: str) -> tuple[Constraint, ...]:

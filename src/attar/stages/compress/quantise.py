@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
 class _Batches(CalibrationDataReader):
-    def __init__(self, batches: Sequence[np.ndarray]) -> None:
-        self._left: Iterator[np.ndarray] = iter(batches)
+    def __init__(self, name: str, batches: Sequence[np.ndarray]) -> None:
+        self._name, self._left = name, iter(batches)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         batch = next(self._left, None)
-        return None if batch is None else {"image": batch}
+        return None if batch is None else {self._name: batch}
 
 
 def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
@@ -39,7 +39,8 @@ def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        nodes = onnx.load(prepared).graph.node
+        graph = onnx.load(prepared).graph
+        nodes = graph.node
         head = [node.name for node in nodes if "/head/" in node.name]
         depthwise = [
             node.input[1] for node in nodes if node.op_type == "Conv" and any(a.name == "group" and a.i > 1 for a in node.attribute)
@@ -48,7 +49,7 @@ def quantise(source: Path, target: Path, batches: Sequence[np.ndarray]) -> None:
         quantize_static(
             str(prepared),
             str(Path(folder) / "int8.onnx"),
-            _Batches(batches),
+            _Batches(graph.input[0].name, batches),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,

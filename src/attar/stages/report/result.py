@@ -94,7 +94,16 @@ def sentence(front: Front, evidence: Evidence, classes: bool) -> str:
     start = f"The best found is {_article(model)}" if missed else _article(model).capitalize()
     than = f", {compared} than the original ({_conditions(front)})" if compared else ""
     keeps = f", that {agreement_words(agreement, classes)}" if agreement else ""
-    return f"{missed}{start} {model}{than}{keeps}{_fallen(front, agreement)}."
+    return f"{missed}{start} {model}{than}{keeps}{_worst(evidence)}{_fallen(front, agreement)}."
+
+
+def _worst(evidence: Evidence) -> str:
+    """The agreement in the worst cluster, so that a small group that broke is seen at once."""
+    worst = evidence.get("agreement_worst_cluster")
+    if worst is None or evidence.get("agreement") is None:
+        return ""
+    within = words.interval(worst.low, worst.high, worst.unit).removesuffix(" %")
+    return f"; in the worst cluster on {words.percent(worst.value)} of {worst.n:,}" + (f" (95 % interval {within})" if within else "")
 
 
 def _fallen(front: Front, agreement: Figure | None) -> str:

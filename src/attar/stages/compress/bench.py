@@ -1,0 +1,128 @@
+"""The bench: a model becomes a file in one precision or another, is measured beside the original, and is kept as a candidate."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from attar import config, formats
+from attar.errors import ModelError
+from attar.models import frozen, sources
+from attar.models.network import Network
+from attar.records import Candidate, Model
+from attar.runtime import measure_latency, run_stacked
+from attar.stages.compress import repair
+from attar.stages.compress.feed import Feed
+from attar.stages.compress.quantise import quantise
+from attar.stages.compress.rounding import round_network, roundable
+from attar.stages.export import write_onnx
+from attar.stages.report import words
+from attar.workspace import Job
+
+PRECISIONS = ("float32", "int8")
+"""Forms a model is delivered in."""
+HEADER = f"{'candidate':26} {'size':>18} {'MACs':>18} {'latency':>18} {'agreement':>18}"
+
+
+class Bench:
+    """Builds and measures candidates of one original; each is built once and kept in the job's folder."""
+
+    def __init__(self, feed: Feed, model: Model, settings: config.Compress, job: Job) -> None:
+        self.feed, self.model, self.settings, self.job = feed, model, settings, job
+        self.longest = 0.0
+        """Seconds that the slowest candidate took to build and measure so far."""
+        self._before, self._started = job.recall("seconds.json") or 0.0, time.perf_counter()
+        self._show(HEADER)
+        self.original = self.candidate("original", lambda: model, "float32")
+
+    @functools.cached_property
+    def network(self) -> Network:
+        return sources.network(self.model)
+
+    def seconds(self) -> float:
+        """Time spent on this search, interrupted attempts included."""
+        return self._before + time.perf_counter() - self._started
+
+    def candidate(self, name: str, model: Callable[[], Model], precision: str) -> Candidate:
+        """A candidate, built and measured unless it is there already."""
+        start, there = time.perf_counter(), (self.job.folder / name).exists()
+        folder = self.job.build(name, lambda target: self._write(name, model(), precision, target))
+        self.longest = max(self.longest, time.perf_counter() - start)
+        made = formats.load_candidate(folder)
+        self._show(row(made) + ("  kept" if there else ""))
+        return made
+
+    def _show(self, line: str) -> None:
+        """A line of the live table: for people to follow; the figures themselves are in the record."""
+        if not self.job.quiet:
+            tqdm.write(f"{self.job.name}: {line}", file=sys.stderr)
+
+    def _write(self, name: str, model: Model, precision: str, target: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "float32.onnx"
+            model = self._rounded(model) if precision == "int8" else model
+            write_onnx(model, file)
+            if precision == "int8":
+                exact, file = file, Path(folder) / "int8.onnx"
+                self._quantise(exact, file, name)
+            figures = self._measure(file, model, None if name == "original" else self.original)
+            formats.save_candidate(target, Candidate(name=name, model=model, onnx=file, precision=precision, figures=figures))
+
+    def _quantise(self, exact: Path, file: Path, name: str) -> None:
+        batches = [batch.numpy() for batch in self.feed.calibration(self.settings.calibration_items, 16)]
+        try:
+            quantise(exact, file, batches)
+        except Exception as error:  # the quantiser's own, of any kind, for graphs it does not understand
+            raise ModelError(f"{name} cannot be made ({type(error).__name__}: {error})") from error
+
+    def _rounded(self, model: Model) -> Model:
+        """A model whose weights lie on the grid that int8 will use, so that quantising them changes nothing more."""
+        network, count = sources.network(model), min(self.settings.calibration_items, self.feed.count)
+        moments = repair.gather(network, self.feed.calibration(count, 32), roundable(network), self.job.seed)
+        round_network(network, moments)
+        step = f"weights rounded to 7 bits with compensation on {count} training items"
+        return replace(model, state=network.state_dict(), lineage=(*model.lineage, step))
+
+    def _decisions(self, file: Path, model: Model) -> np.ndarray:
+        """What a file decides on the validation items: class, or cluster where there are no classes."""
+        made = run_stacked(file, (batch.contiguous().numpy() for batch in self.feed.validation()), threads=torch.get_num_threads())
+        return frozen.answers(made, model.source, model.head)["logits" if model.classes else "cluster_probabilities"].argmax(1)
+
+    def _measure(self, file: Path, model: Model, original: Candidate | None) -> dict[str, float]:
+        """Figures of a file, absolute and as ratios to the original's; the original is timed beside it, so that drift hits both."""
+        decided = self._decisions(file, model)
+        expected = np.asarray(self.job.once("decisions.json", lambda: decided.tolist()))
+        files = {"original": original.onnx, "this": file} if original else {"this": file}
+        times = measure_latency(files, threads=self.settings.threads)
+        figures = {
+            "size": float(file.stat().st_size),
+            "parameters": float(model.parameters),
+            "macs": float(model.macs),
+            "latency": float(np.median(times["this"])),
+            "agreement": float((decided == expected).mean()),
+            "n": float(len(decided)),
+        }
+        ratio = float(np.median(times["this"] / times["original"])) if original else 1.0
+        return figures | ratios(figures, original.figures if original else figures) | {"latency_ratio": ratio}
+
+
+def ratios(figures: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
+    """Counted figures as ratios to the original's; 1 where the original's could not be counted."""
+    return {f"{key}_ratio": figures[key] / whole[key] if whole[key] else 1.0 for key in ("size", "parameters", "macs") if key in figures}
+
+
+def row(made: Candidate) -> str:
+    """A candidate's line of the live table, under HEADER."""
+    f = made.figures
+    costs = (("size", words.size), ("macs", words.count), ("latency", words.milliseconds))
+    cells = [f"{said(f[name]):>9} ({f[f'{name}_ratio']:5.2f}x)" for name, said in costs]
+    return f"{made.name:26} {' '.join(cells)} {f['agreement']:7.1%} of {int(f['n']):7,}"

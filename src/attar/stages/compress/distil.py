@@ -1,0 +1,99 @@
+"""Distillation: a student is trained to give its teacher's outputs on augmented and mixed, unlabelled inputs.
+
+At the start it is taught the teacher's maps between blocks as well; their weight falls to nothing towards the end, where only outputs count.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attar import config
+from attar.models.network import Network
+from attar.models.objectives import distillation
+from attar.stages.augment.mix import mix
+from attar.stages.compress.feed import Feed
+from attar.stages.compress.mimicry import Taps, comparable, feature_distance
+from attar.stages.train import optimise
+from attar.workspace import Job
+
+LIVE_RATE, FOLDED_RATE = 1e-3, 3e-4
+"""Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
+LEAST_BATCH = 16
+"""Items below which the statistics of a batch are too rough to normalise with."""
+
+
+def live_norms(student: nn.Module, size: int) -> list[nn.Module]:
+    """Batch norms that may go on learning their statistics from batches of `size` items.
+
+    Models from the hub come with norms that were folded away (mean 0, variance 1): statistics of a batch would destroy them.
+    """
+    norms = [layer for layer in student.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
+    folded = all(float(norm.running_mean.abs().max()) < 1e-6 for norm in norms)  # type: ignore[union-attr, operator]
+    return [] if folded or size < LEAST_BATCH else list(norms)
+
+
+def distil(
+    student: Network, teacher: Network, feed: Feed, steps: int, settings: config.Compress, job: Job, label: str
+) -> tuple[dict[str, float], ...]:
+    """Trains a student in place to give its teacher's outputs on training inputs, augmented by the feed and mixed here.
+
+    Everything but the batch norms stays in evaluation mode (no dropout). Returns the curve: step, loss, validation loss.
+    """
+    student.eval()
+    size = min(settings.distil_batch, feed.count)
+    held, norms = feed.held_out(), live_norms(student, size)
+    with torch.no_grad():
+        target = teacher(held)
+    names = comparable(student, teacher, feed.example(2))
+    ours, theirs = Taps(student, names), Taps(teacher, names)
+
+    def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
+        assert isinstance(views, Tensor)
+        views = mix(views, job.rng("mix", step))
+        with torch.no_grad():
+            wanted = teacher(views)
+        for norm in norms:
+            norm.train()
+        loss = distillation(student(views), wanted)
+        if names:
+            maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
+            loss = loss + (1 - step / steps) * feature_distance(*maps)
+        return loss
+
+    def look() -> dict[str, float]:
+        student.eval()
+        with torch.no_grad():
+            return {"validation_loss": round(float(distillation(student(held), target)), 5)}
+
+    def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for step, views in feed.training(wanted, size):
+            yield step, np.empty(0), views  # type: ignore[misc]
+
+    modules, rate = nn.ModuleDict({"student": student}), LIVE_RATE if norms else FOLDED_RATE
+    try:
+        return optimise(modules, rate, steps, stream, loss_of, look, job, label, until_plateau=False)
+    finally:
+        student.eval()
+        ours.close()
+        theirs.close()
+
+
+def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compress) -> float:
+    """Seconds of one distillation step, the best of three on a copy; reading the inputs is part of it."""
+    size = min(settings.distil_batch, feed.count)
+    trial, seconds, start = copy.deepcopy(student), [], time.perf_counter()
+    for norm in live_norms(trial, size):
+        norm.train()
+    for _, views in feed.training(range(3), size):
+        with torch.no_grad():
+            wanted = teacher(views)
+        distillation(trial(views), wanted).backward()  # type: ignore[no-untyped-call]
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    return min(seconds)

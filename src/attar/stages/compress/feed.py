@@ -1,0 +1,172 @@
+"""Where compression gets model inputs from: the images of a run folder, or any tensors. All of them are unlabelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attar.modalities.image import Loader
+from attar.records import Clusters, Dial, Items, Policy, Preprocess, Selection
+from attar.stages.augment.engine import augment, normalise
+from attar.stages.augment.plan import FAMILIES, sample
+from attar.stages.augment.policy import MIRROR_LIMIT, mirror_accuracy
+from attar.workspace import Job
+
+WATCHED = 256
+"""Validation inputs that training is watched on, at most."""
+JUDGED = 32
+"""Validation inputs of a batch."""
+
+
+class Feed(Protocol):
+    """Model inputs for calibration, training and judging, by the split of their item. No test input ever comes from here."""
+
+    count: int
+    """Training items."""
+    clusters: np.ndarray | None
+    """Cluster of each validation item, in the order of `validation`; None where there are none."""
+
+    def example(self, count: int = 1) -> Tensor:
+        """Zeros in the shape and type of `count` inputs."""
+
+    def calibration(self, count: int, size: int) -> list[Tensor]:
+        """Batches of at most `size` of the same `count` training inputs on every call, as they are (not augmented)."""
+
+    def inputs(self, size: int) -> Iterator[Tensor]:
+        """All training inputs, as they are, in batches of at most `size`."""
+
+    def training(self, steps: range, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Step and augmented inputs of its batch, a function of seed and step alone: half drawn by the items' weight, half evenly over clusters."""
+
+    def held_out(self) -> Tensor:
+        """At most WATCHED validation inputs."""
+
+    def validation(self) -> Iterator[Tensor]:
+        """The validation inputs that candidates are judged on, in a fixed order, JUDGED at a time."""
+
+
+def drawing_share(weight: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """How often each training item (weight (n,), cluster (n,) int) is drawn: half by its weight, half evenly over clusters.
+
+    Small groups are seen, large ones are not starved.
+    """
+    weight = np.maximum(np.asarray(weight, np.float64), 1e-6)
+    total = np.bincount(cluster, weight)
+    even = weight / total[cluster]
+    return 0.5 * weight / weight.sum() + 0.5 * even / even.sum()
+
+
+class ItemFeed:
+    """The kept images of a run folder, read and decoded as they are needed, through the model's preprocessing."""
+
+    def __init__(self, items: Items, clusters: Clusters, selection: Selection, policy: Policy, preprocess: Preprocess, job: Job) -> None:
+        self._items, self._policy, self._preprocess, self._job = items, policy, preprocess, job
+        split, ids, kept = items.column("split"), items.column("id"), selection.column("keep")
+        train = kept & (split == "train")
+        self._train, self._own = ids[train], clusters.column("cluster")[train]
+        self._share = drawing_share(selection.column("weight")[train], self._own)
+        judged = kept & ~selection.column("leak") & (split == "validation")
+        self._judged = ids[judged] if judged.any() else items.ids("validation")
+        self.count = len(self._train)
+        self.clusters: np.ndarray | None = clusters.column("cluster")[self._judged]
+
+    def _stream(self, ids: np.ndarray, size: int) -> Iterator[Tensor]:
+        """Model inputs of some items, a batch at a time."""
+        preprocess = self._preprocess
+        with Loader(self._items, preprocess, workers=self._job.workers) as loader:
+            for _, images in loader.stream(ids[start : start + size] for start in range(0, len(ids), size)):
+                yield normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+
+    def example(self, count: int = 1) -> Tensor:
+        return torch.zeros(count, 3, *self._preprocess.size)
+
+    def calibration(self, count: int, size: int) -> list[Tensor]:
+        return list(self._stream(np.sort(self._job.rng("calibration").permutation(self._train)[:count]), size))
+
+    def inputs(self, size: int) -> Iterator[Tensor]:
+        return self._stream(self._train, size)
+
+    def training(self, steps: range, size: int) -> Iterator[tuple[int, Tensor]]:
+        preprocess, job = self._preprocess, self._job
+        with Loader(self._items, preprocess, workers=job.workers) as loader:
+            drawn = (job.rng("batch", step).choice(self._train, min(size, self.count), p=self._share) for step in steps)
+            for step, (ids, images) in zip(steps, loader.stream(drawn)):
+                own = self._own[np.searchsorted(self._train, ids)]
+                yield step, normalise(augment(images, self._policy, own, job.rng("view", step)), preprocess.mean, preprocess.std)
+
+    def held_out(self) -> Tensor:
+        ids = np.sort(self._job.rng("held out").permutation(self._items.ids("validation"))[:WATCHED])
+        return torch.cat(list(self._stream(ids, JUDGED)))
+
+    def validation(self) -> Iterator[Tensor]:
+        return self._stream(self._judged, JUDGED)
+
+
+class TensorFeed:
+    """Tensors as they come, (n, …) in memory, floats or whole numbers, split by content.
+
+    Images (n, 1 or 3, height ≥ 16, width ≥ 16) are cropped to 60 % of their area or more, turned by up to 15° and, where the mirror probe allows it,
+    flipped; their colours are left alone, as nobody says how they were normalised. Anything else is not augmented.
+    """
+
+    def __init__(self, tensors: Tensor, split: np.ndarray, cluster: np.ndarray, job: Job) -> None:
+        """`split` (n,) of records.SPLITS and `cluster` (n,) int of every item; equal items that are not to count twice have the split ""."""
+        self._tensors, self._job = tensors, job
+        self._train, self._validation = (np.flatnonzero(split == part) for part in ("train", "validation"))
+        self._share = drawing_share(np.ones(len(self._train)), cluster[self._train])
+        self._dials = image_dials(tensors[torch.from_numpy(self._train)], job) if is_image(tensors) else None
+        self.count = len(self._train)
+        self.clusters: np.ndarray | None = cluster[self._validation]
+
+    def _batches(self, rows: np.ndarray, size: int) -> Iterator[Tensor]:
+        return (self._tensors[torch.from_numpy(rows[start : start + size])] for start in range(0, len(rows), size))
+
+    def example(self, count: int = 1) -> Tensor:
+        return torch.zeros(count, *self._tensors.shape[1:], dtype=self._tensors.dtype)
+
+    def calibration(self, count: int, size: int) -> list[Tensor]:
+        return list(self._batches(np.sort(self._job.rng("calibration").permutation(self._train)[:count]), size))
+
+    def inputs(self, size: int) -> Iterator[Tensor]:
+        return self._batches(self._train, size)
+
+    def training(self, steps: range, size: int) -> Iterator[tuple[int, Tensor]]:
+        for step in steps:
+            rows = self._job.rng("batch", step).choice(self._train, min(size, self.count), p=self._share)
+            views = self._tensors[torch.from_numpy(rows)]
+            yield step, views if self._dials is None else moved(views, self._dials, self._job.rng("view", step))
+
+    def held_out(self) -> Tensor:
+        return self._tensors[torch.from_numpy(np.sort(self._job.rng("held out").permutation(self._validation)[:WATCHED]))]
+
+    def validation(self) -> Iterator[Tensor]:
+        return self._batches(self._validation, JUDGED)
+
+
+def is_image(tensors: Tensor) -> bool:
+    """Whether (n, …) inputs are images by their shape."""
+    return tensors.dim() == 4 and tensors.shape[1] in (1, 3) and min(tensors.shape[2:]) >= 16 and tensors.is_floating_point()
+
+
+def image_dials(images: Tensor, job: Job) -> dict[str, Dial]:
+    """How tensors that are images are augmented: moved a little, and mirrored where a linear probe cannot tell mirror images."""
+    chosen = torch.from_numpy(np.sort(job.rng("thumbs").permutation(len(images))[:2000]))
+    thumbs = F.adaptive_avg_pool2d(images[chosen].mean(1, keepdim=True), 16).flatten(1)
+    low, high = thumbs.min(), thumbs.max()
+    grey = ((thumbs - low) / (high - low).clamp_min(1e-12) * 255).round().byte().numpy()
+    accuracy = mirror_accuracy(grey, job.rng("mirror"))
+    if accuracy > MIRROR_LIMIT:
+        job.say(f"mirror images are told from originals with {accuracy:.0%} accuracy: no flips")
+    flip = Dial(1.0, 0.5) if accuracy <= MIRROR_LIMIT else Dial(0.0, 0.0)
+    return {family: Dial(0.0, 0.0) for family in FAMILIES} | {"geometry": Dial(0.45, 0.9), "flip": flip}
+
+
+def moved(images: Tensor, dials: dict[str, Dial], rng: np.random.Generator) -> Tensor:
+    """Views of images (n, c, h, w) of any value range: cropped, turned and flipped in one resampling, reflected at the border."""
+    grid = F.affine_grid(torch.from_numpy(sample([dials] * len(images), rng).geometry), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -1,0 +1,157 @@
+"""Distillation: it brings a student nearer to its teacher, the same way each time, and learns norms only where there are some."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import images, made
+from torch import nn
+
+from attar.config import Compress
+from attar.errors import ModelError
+from attar.models.network import Network
+from attar.stages.augment.mix import mix
+from attar.stages.compress.distil import distil, live_norms
+from attar.stages.compress.feed import TensorFeed
+from attar.stages.compress.mimicry import Taps, comparable, feature_distance
+from attar.workspace import Job
+
+SETTINGS = Compress(distil_batch=32)
+
+
+@pytest.fixture
+def job(tmp_path) -> Callable[[str], Job]:
+    return lambda name: Job("compress", tmp_path / name, quiet=True)
+
+
+def _feed(job: Job) -> TensorFeed:
+    split = np.array(["train"] * 96 + ["validation"] * 32)
+    return TensorFeed(images(128), split, np.zeros(128, np.int64), job)
+
+
+def _student(teacher: Network) -> Network:
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * parameter.abs().mean())
+    return student
+
+
+@pytest.mark.parametrize("kind", ["residual", "transformer"])
+def test_distillation_lowers_the_distance_and_is_bit_equal_when_repeated(kind: str, job) -> None:
+    teacher = made(kind)
+    runs = []
+    for name in ("one", "two"):
+        student = _student(teacher)
+        curve = distil(student, teacher, _feed(job(name)), 30, SETTINGS, job(name), "distilling")
+        assert not any(module.training for module in student.modules())
+        runs.append((curve, student.state_dict()))
+    (curve, state), (again, other) = runs
+    assert curve[-1]["validation_loss"] < 0.8 * curve[0]["validation_loss"]
+    assert curve == again
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), other.values()))
+
+
+def test_norms_learn_their_statistics_where_they_have_any_and_batches_are_large_enough(job) -> None:
+    teacher = made("residual")
+    assert len(live_norms(teacher, 32)) == 3
+    assert live_norms(teacher, 8) == []
+    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert live_norms(folded, 32) == []
+    assert live_norms(made("transformer"), 32) == []
+    student = _student(teacher)
+    before = student.body.bn.running_mean.clone()
+    distil(student, teacher, _feed(job("one")), 60, SETTINGS, job("one"), "distilling")
+    assert not torch.equal(student.body.bn.running_mean, before)
+
+
+def test_a_student_that_gives_no_numbers_is_named(job) -> None:
+    teacher, student = made("residual"), made("residual")
+    with torch.no_grad():
+        student.body.conv.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="distilling: the loss is nan at step 0"):
+        distil(student, teacher, _feed(job("one")), 5, SETTINGS, job("one"), "distilling")
+
+
+# mimicry
+
+
+def test_maps_are_compared_where_stages_end_and_nowhere_between_architectures() -> None:
+    class Staged(nn.Module):
+        def __init__(self, inner: int) -> None:
+            super().__init__()
+            block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, inner, 3, stride, 1), nn.ReLU(), nn.Conv2d(inner, b, 1))  # noqa: E731
+            self.one, self.two = nn.Sequential(block(3, 4, 1), block(4, 4, 1)), nn.Sequential(block(4, 6, 2))
+            self.three = nn.Sequential(block(6, 8, 2), block(8, 8, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.three(self.two(self.one(x))).mean((2, 3))
+
+    wide, narrow = Network(Staged(6)), Network(Staged(2))
+    assert comparable(narrow, wide, images(2)) == ["body.one", "body.two", "body.three"]
+    assert comparable(made("transformer"), wide, images(2)) == []
+    assert comparable(narrow, Network(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))), images(2)) == []
+
+
+def test_feature_distance_is_a_share_of_the_teachers_variance() -> None:
+    a, b = torch.randn(50, 4, 6, 6), torch.randn(50, 7, 3)
+    assert float(feature_distance([a, b], [a, b])) == 0
+    assert float(feature_distance([a + 1, 3 * b], [a, 3 * b])) == pytest.approx(0.5 / float(a.var()), rel=1e-4)
+
+
+def test_taps_hold_the_last_pass_and_leave_nothing_behind() -> None:
+    network = made("inverted")
+    taps = Taps(network, ["body.up"])
+    with torch.no_grad():
+        network(images(3))
+    assert taps.maps["body.up"].shape == (3, 32, 16, 16)
+    taps.close()
+    assert not network.body.up._forward_hooks
+
+
+# mixing
+
+
+@given(st.integers(0, 300))
+@settings(deadline=None, max_examples=60)
+def test_every_value_of_a_mixture_lies_between_those_it_was_made_of(seed: int) -> None:
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    made_of, again = (mix(x, np.random.default_rng(seed)) for _ in range(2))
+    assert torch.equal(made_of, again)
+    assert (made_of >= x.amin(0) - 1e-6).all()
+    assert (made_of <= x.amax(0) + 1e-6).all()
+    other = x[torch.from_numpy(_permutation(seed, len(x)))]
+    changed = made_of != x
+    weight = ((made_of - x) / (other - x))[changed & (other != x)]
+    blended = torch.allclose(weight, weight.mean(), atol=1e-2) if len(weight) else True  # one share for all, or whole pixels of the other
+    assert blended or torch.equal(made_of[changed], other[changed])
+
+
+def _permutation(seed: int, count: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rng.random()
+    return rng.permutation(count)
+
+
+def test_half_of_the_batches_stay_and_both_ways_of_mixing_occur() -> None:
+    x = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 3, 10, 10).contiguous()
+    kinds = {"plain": 0, "blended": 0, "boxed": 0}
+    for seed in range(400):
+        y = mix(x, np.random.default_rng(seed))
+        kinds["plain" if torch.equal(x, y) else "boxed" if torch.equal(y, y.round()) else "blended"] += 1
+    assert 150 < kinds["plain"] < 280
+    assert kinds["blended"] > 50
+    assert kinds["boxed"] > 50
+
+
+def test_tables_are_blended_and_tokens_left_alone() -> None:
+    seeds = range(20)
+    rows, tokens = torch.rand(5, 7), torch.arange(15).reshape(5, 3)
+    assert any(not torch.equal(mix(rows, np.random.default_rng(seed)), rows) for seed in seeds)
+    assert all(torch.equal(mix(tokens, np.random.default_rng(seed)), tokens) for seed in seeds)
