@@ -28,8 +28,8 @@ from compress import Judge
 from environment import environment
 from torch import nn
 
-from attar.stages.compress import repair
-from attar.stages.compress.cutter import Cutter
+from attar.models.network import Network
+from attar.stages.compress import cutter, distil, prune, reconstruct, repair
 
 Settings = dict[str, Any]
 
@@ -78,17 +78,34 @@ def _by_magnitude(consumers: Sequence[repair.Consumer], width: int) -> tuple[lis
     return SURGEON(same, width)
 
 
-SURGEON = repair.eliminate
-NO_REPAIR = (Cutter, "_repair", lambda *_: None)
-NO_RECONSTRUCTION = (Cutter, "_reconstruct", lambda *_: 0)
+def _unrepaired(
+    cut: Network, original: Network, cuts: Any, example: torch.Tensor, moments: Any
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """In the place of the repair: which layers lost inputs and what stays, the weights as the cut leaves them."""
+    rows, columns = prune.kept(original, cuts, example)
+    return [name for name in moments if len(columns[name]) < original.get_submodule(name).weight.shape[1]], rows
+
+
+def _off_stream(seen: Any, now: Any, landing: Any, kept: torch.Tensor) -> torch.Tensor:
+    """In the place of the target on a stream: the original's outputs alone."""
+    return TARGET(seen, now, None, kept)
+
+
+SURGEON, TARGET = repair.eliminate, reconstruct._target
+NO_REPAIR = (cutter, "repaired", _unrepaired)
+NO_RECONSTRUCTION = (cutter.Cutter, "_reconstruct", lambda *_: 0)
 
 VARIANTS: dict[str, Callable[[], AbstractContextManager[Settings]]] = {
     "everything": overriding,
     "no Fisher information": lambda: replacing((repair, "sensitivities", _even)),
     "order by magnitude": lambda: replacing((repair, "eliminate", _by_magnitude)),
     "no reconstruction": lambda: replacing(NO_RECONSTRUCTION),
+    "reconstruction without the stream": lambda: replacing((reconstruct, "_target", _off_stream)),
     "neither repair nor reconstruction": lambda: replacing(NO_REPAIR, NO_RECONSTRUCTION),
     "nothing but magnitude": lambda: replacing(NO_REPAIR, NO_RECONSTRUCTION, (repair, "eliminate", _by_magnitude)),
+    "norms held": lambda: replacing((distil, "live_norms", lambda *_: [])),
+    "no mixing": lambda: replacing((distil, "mix", lambda views, _: views)),
+    "no mimicry": lambda: replacing((distil, "comparable", lambda *_: [])),
 }
 """Everything as it comes, then with tricks taken away."""
 
