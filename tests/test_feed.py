@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,7 @@ from torch import Tensor
 from attar.modalities.image import Loader
 from attar.records import CLUSTER_SCHEMA, SELECTION_SCHEMA, Clusters, Dial, Head, Items, Policy, Preprocess, Selection
 from attar.runtime import normalise
-from attar.stages.augment.policy import OFF
-from attar.stages.compress.feed import WATCHED, Feed, ItemFeed, TensorFeed, drawing_share, image_dials, is_image, moved
+from attar.stages.compress.feed import WATCHED, Feed, ItemFeed, TensorFeed, drawing_share, is_image, may_flip, nudged
 from attar.workspace import Job
 
 PREPROCESS = Preprocess(size=(16, 16), resize_shortest=16)
@@ -142,15 +140,24 @@ def test_tables_and_tokens_are_not_augmented(job: Make) -> None:
         assert set(map(tuple, views.tolist())) <= known
 
 
-def test_images_are_moved_but_not_recoloured_and_mirrored_only_where_that_cannot_be_told(job: Make) -> None:
+def test_flips_are_allowed_only_where_mirror_images_cannot_be_told(job: Make) -> None:
     same = images(200)
-    assert image_dials(same, job("symmetric"))["flip"] == Dial(1.0, 0.5)
+    assert may_flip(same, job("symmetric"))
     ramp = torch.linspace(-3, 3, 32).expand(200, 3, 32, 32) + 0.1 * same
-    assert image_dials(ramp, job("ramp"))["flip"] == OFF
-    views = moved(same, image_dials(same, job("again")), np.random.default_rng(0))
-    assert views.shape == same.shape
-    assert not torch.equal(views, same)
-    assert same.min() - 1e-5 <= views.min()
-    assert views.max() <= same.max() + 1e-5
-    still = replace(POLICY, families={name: OFF for name in POLICY.families}).families
-    assert torch.allclose(moved(same, dict(still), np.random.default_rng(0)), same, atol=1e-5)
+    assert not may_flip(ramp, job("ramp"))
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_nudged_image_is_a_window_of_the_reflected_one(flips: bool) -> None:
+    plain, rng = torch.rand(40, 3, 16, 24), np.random.default_rng(0)
+    views = nudged(plain, flips, rng)
+    padded = torch.nn.functional.pad(plain, (3, 3, 2, 2), mode="reflect")
+    mirrored = 0
+    for image, view in zip(padded, views):
+        windows = [image[:, y : y + 16, x : x + 24] for y in range(5) for x in range(7)]
+        straight = any(torch.equal(view, window) for window in windows)
+        turned = any(torch.equal(view, window.flip(2)) for window in windows)
+        assert straight or turned
+        mirrored += not straight
+    assert (10 <= mirrored <= 30) if flips else mirrored == 0
+    assert torch.equal(nudged(plain, flips, np.random.default_rng(0)), views)

@@ -88,6 +88,10 @@ def load(path: Path, threads: int = 1) -> Shipped:
         )
     try:
         body = json.loads(text)
+        if "preprocess" not in body:
+            raise ModelError(
+                f"{path}: was made from tensors, so how to prepare images for it is unknown; give its input what the original module took"
+            )
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in body["preprocess"].items()}
         preprocess = Preprocess(**fields)
         shipped = Shipped(session, preprocess, tuple(body.get("classes") or ()), tuple(body.get("cluster_names") or ()))

@@ -24,6 +24,8 @@ from attar.workspace import Job
 
 LIVE_RATE, FOLDED_RATE = 1e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
+MIXED_FROM = 40
+"""Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
@@ -55,7 +57,8 @@ def distil(
 
     def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
         assert isinstance(views, Tensor)
-        views = mix(views, job.rng("mix", step))
+        if steps * size >= MIXED_FROM * feed.count:
+            views = mix(views, job.rng("mix", step))
         with torch.no_grad():
             wanted = teacher(views)
         for norm in norms:

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.modalities.image import Loader
-from attar.records import Clusters, Dial, Items, Policy, Preprocess, Selection
-from attar.stages.augment.engine import augment, normalise
-from attar.stages.augment.plan import FAMILIES, sample
+from attar.records import Clusters, Items, Policy, Preprocess, Selection
+from attar.stages.augment.engine import normalise
 from attar.stages.augment.policy import MIRROR_LIMIT, mirror_accuracy
 from attar.workspace import Job
 
@@ -21,6 +20,8 @@ WATCHED = 256
 """Validation inputs that training is watched on, at most."""
 JUDGED = 32
 """Validation inputs of a batch."""
+NUDGE = 0.125
+"""How far training views are moved, as a share of the side."""
 
 
 class Feed(Protocol):
@@ -65,11 +66,12 @@ class ItemFeed:
     """The kept images of a run folder, read and decoded as they are needed, through the model's preprocessing."""
 
     def __init__(self, items: Items, clusters: Clusters, selection: Selection, policy: Policy, preprocess: Preprocess, job: Job) -> None:
-        self._items, self._policy, self._preprocess, self._job = items, policy, preprocess, job
+        self._items, self._preprocess, self._job = items, preprocess, job
+        self._flips = policy.families["flip"].frequency > 0
         split, ids, kept = items.column("split"), items.column("id"), selection.column("keep")
         train = kept & (split == "train")
-        self._train, self._own = ids[train], clusters.column("cluster")[train]
-        self._share = drawing_share(selection.column("weight")[train], self._own)
+        self._train, own = ids[train], clusters.column("cluster")[train]
+        self._share = drawing_share(selection.column("weight")[train], own)
         judged = kept & ~selection.column("leak") & (split == "validation")
         self._judged = ids[judged] if judged.any() else items.ids("validation")
         self.count = len(self._train)
@@ -95,9 +97,9 @@ class ItemFeed:
         preprocess, job = self._preprocess, self._job
         with Loader(self._items, preprocess, workers=job.workers) as loader:
             drawn = (job.rng("batch", step).choice(self._train, min(size, self.count), p=self._share) for step in steps)
-            for step, (ids, images) in zip(steps, loader.stream(drawn)):
-                own = self._own[np.searchsorted(self._train, ids)]
-                yield step, normalise(augment(images, self._policy, own, job.rng("view", step)), preprocess.mean, preprocess.std)
+            for step, (_, images) in zip(steps, loader.stream(drawn)):
+                views = nudged(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, self._flips, job.rng("view", step))
+                yield step, normalise(views, preprocess.mean, preprocess.std)
 
     def held_out(self) -> Tensor:
         ids = np.sort(self._job.rng("held out").permutation(self._items.ids("validation"))[:WATCHED])
@@ -110,8 +112,7 @@ class ItemFeed:
 class TensorFeed:
     """Tensors as they come, (n, …) in memory, floats or whole numbers, split by content.
 
-    Images (n, 1 or 3, height ≥ 16, width ≥ 16) are cropped to 60 % of their area or more, turned by up to 15° and, where the mirror probe allows it,
-    flipped; their colours are left alone, as nobody says how they were normalised. Anything else is not augmented.
+    Images (n, 1 or 3, height ≥ 16, width ≥ 16) are nudged and, where the mirror probe allows it, flipped. Anything else is not augmented.
     """
 
     def __init__(self, tensors: Tensor, split: np.ndarray, cluster: np.ndarray, job: Job) -> None:
@@ -119,7 +120,8 @@ class TensorFeed:
         self._tensors, self._job = tensors, job
         self._train, self._validation = (np.flatnonzero(split == part) for part in ("train", "validation"))
         self._share = drawing_share(np.ones(len(self._train)), cluster[self._train])
-        self._dials = image_dials(tensors[torch.from_numpy(self._train)], job) if is_image(tensors) else None
+        self._image = is_image(tensors)
+        self._flips = self._image and may_flip(tensors[torch.from_numpy(self._train)], job)
         self.count = len(self._train)
         self.clusters: np.ndarray | None = cluster[self._validation]
 
@@ -139,7 +141,7 @@ class TensorFeed:
         for step in steps:
             rows = self._job.rng("batch", step).choice(self._train, min(size, self.count), p=self._share)
             views = self._tensors[torch.from_numpy(rows)]
-            yield step, views if self._dials is None else moved(views, self._dials, self._job.rng("view", step))
+            yield step, nudged(views, self._flips, self._job.rng("view", step)) if self._image else views
 
     def held_out(self) -> Tensor:
         return self._tensors[torch.from_numpy(np.sort(self._job.rng("held out").permutation(self._validation)[:WATCHED]))]
@@ -153,8 +155,8 @@ def is_image(tensors: Tensor) -> bool:
     return tensors.dim() == 4 and tensors.shape[1] in (1, 3) and min(tensors.shape[2:]) >= 16 and tensors.is_floating_point()
 
 
-def image_dials(images: Tensor, job: Job) -> dict[str, Dial]:
-    """How tensors that are images are augmented: moved a little, and mirrored where a linear probe cannot tell mirror images."""
+def may_flip(images: Tensor, job: Job) -> bool:
+    """Whether a linear probe cannot tell images (n, c, h, w) from their mirror images."""
     chosen = torch.from_numpy(np.sort(job.rng("thumbs").permutation(len(images))[:2000]))
     thumbs = F.adaptive_avg_pool2d(images[chosen].mean(1, keepdim=True), 16).flatten(1)
     low, high = thumbs.min(), thumbs.max()
@@ -162,11 +164,20 @@ def image_dials(images: Tensor, job: Job) -> dict[str, Dial]:
     accuracy = mirror_accuracy(grey, job.rng("mirror"))
     if accuracy > MIRROR_LIMIT:
         job.say(f"mirror images are told from originals with {accuracy:.0%} accuracy: no flips")
-    flip = Dial(1.0, 0.5) if accuracy <= MIRROR_LIMIT else Dial(0.0, 0.0)
-    return {family: Dial(0.0, 0.0) for family in FAMILIES} | {"geometry": Dial(0.45, 0.9), "flip": flip}
+    return accuracy <= MIRROR_LIMIT
 
 
-def moved(images: Tensor, dials: dict[str, Dial], rng: np.random.Generator) -> Tensor:
-    """Views of images (n, c, h, w) of any value range: cropped, turned and flipped in one resampling, reflected at the border."""
-    grid = F.affine_grid(torch.from_numpy(sample([dials] * len(images), rng).geometry), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+def nudged(images: Tensor, flips: bool, rng: np.random.Generator) -> Tensor:
+    """Views of images (n, c, h, w) of any value range: moved by whole pixels, up to NUDGE of the side, reflected at the border; half of them flipped where that may be.
+
+    Nothing is resampled: what a teacher says of blurred images is little use for sharp ones.
+    """
+    count, _, height, width = images.shape
+    reach_y, reach_x = (max(1, round(NUDGE * side)) for side in (height, width))
+    padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y), mode="reflect")
+    top, left = (torch.from_numpy(rng.integers(0, 2 * reach + 1, count)) for reach in (reach_y, reach_x))
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    columns = left[:, None] + torch.arange(width)
+    mirrored = torch.from_numpy(rng.random(count) < 0.5) & flips
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)[:, None, None, :]
+    return padded[torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns]
