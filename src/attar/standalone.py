@@ -53,7 +53,7 @@ class Compressed:
     """What `attar.compress(module, inputs, …)` returns."""
 
     module: nn.Module
-    """The small model, in evaluation mode: what the module took → the tensor it returned. Where int8 is delivered, in float32 with the weights of that file."""
+    """The small model, in evaluation mode: what the module took → the tensor it returned. In float32, also where the delivered file is int8 or float16."""
     onnx: Path
     """The delivered file."""
     met: bool

@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +19,13 @@ from attar.models import frozen, sources
 from attar.models.network import Network
 from attar.records import Candidate, Model
 from attar.runtime import measure_latency, run_stacked
-from attar.stages.compress import repair
 from attar.stages.compress.feed import Feed
-from attar.stages.compress.quantise import quantise
-from attar.stages.compress.rounding import round_network, roundable
+from attar.stages.compress.quantise import half, quantise
 from attar.stages.export import write_onnx
 from attar.stages.report import words
 from attar.workspace import Job
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "float16", "int8")
 """Forms a model is delivered in."""
 HEADER = f"{'candidate':26} {'size':>18} {'MACs':>18} {'latency':>18} {'agreement':>18}"
 
@@ -38,8 +35,8 @@ class Bench:
 
     def __init__(self, feed: Feed, model: Model, settings: config.Compress, job: Job) -> None:
         self.feed, self.model, self.settings, self.job = feed, model, settings, job
-        self.longest = 0.0
-        """Seconds that the slowest candidate took to build and measure so far."""
+        self.least: dict[str, float] = {}
+        """Seconds that building and measuring took, at least, by precision."""
         self._before, self._started = job.recall("seconds.json") or 0.0, time.perf_counter()
         self._show(HEADER)
         self.original = self.candidate("original", lambda: model, "float32")
@@ -56,7 +53,8 @@ class Bench:
         """A candidate, built and measured unless it is there already."""
         start, there = time.perf_counter(), (self.job.folder / name).exists()
         folder = self.job.build(name, lambda target: self._write(name, model(), precision, target))
-        self.longest = max(self.longest, time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.least[precision] = min(took, self.least.get(precision, took))
         made = formats.load_candidate(folder)
         self._show(row(made) + ("  kept" if there else ""))
         return made
@@ -69,11 +67,10 @@ class Bench:
     def _write(self, name: str, model: Model, precision: str, target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "float32.onnx"
-            model = self._rounded(model) if precision == "int8" else model
             write_onnx(model, file)
-            if precision == "int8":
-                exact, file = file, Path(folder) / "int8.onnx"
-                self._quantise(exact, file, name)
+            if precision != "float32":
+                exact, file = file, Path(folder) / f"{precision}.onnx"
+                half(exact, file) if precision == "float16" else self._quantise(exact, file, name)
             figures = self._measure(file, model, None if name == "original" else self.original)
             formats.save_candidate(target, Candidate(name=name, model=model, onnx=file, precision=precision, figures=figures))
 
@@ -83,14 +80,6 @@ class Bench:
             quantise(exact, file, batches)
         except Exception as error:  # the quantiser's own, of any kind, for graphs it does not understand
             raise ModelError(f"{name} cannot be made ({type(error).__name__}: {error})") from error
-
-    def _rounded(self, model: Model) -> Model:
-        """A model whose weights lie on the grid that int8 will use, so that quantising them changes nothing more."""
-        network, count = sources.network(model), min(self.settings.calibration_items, self.feed.count)
-        moments = repair.gather(network, self.feed.calibration(count, 32), roundable(network), self.job.seed)
-        round_network(network, moments)
-        step = f"weights rounded to 7 bits with compensation on {count} training items"
-        return replace(model, state=network.state_dict(), lineage=(*model.lineage, step))
 
     def _decisions(self, file: Path, model: Model) -> np.ndarray:
         """What a file decides on the validation items: class, or cluster where there are no classes."""

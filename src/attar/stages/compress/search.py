@@ -205,7 +205,7 @@ class Search:
         def fitting() -> int:
             step = pace(learner, bench.network, self.feed, settings)
             assert settings.minutes is not None
-            left = (1 - SPARE) * 60 * settings.minutes - bench.seconds() - len(PRECISIONS) * rounds * bench.longest
+            left = (1 - SPARE) * 60 * settings.minutes - bench.seconds() - rounds * sum(bench.least.values())
             return max(1, int(left / rounds / step))
 
         return int(self.job.once(f"steps-{name}.json", fitting))

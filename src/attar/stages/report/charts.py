@@ -135,7 +135,7 @@ class Dot(NamedTuple):
     name: str
     cost: float  # in the unit of the axis
     keeps: float  # agreement, a share
-    kind: str  # "original", "float32", "int8"
+    kind: str  # "original", "float32", "float16", "int8"
     chosen: bool
     says: str  # its figures in words
 
