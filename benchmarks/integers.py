@@ -107,6 +107,8 @@ class Integers:
         weights = self.constants.get(made[1].input[0])  # type: ignore[union-attr]
         if weights is None or weights.dtype != np.int8 or made[0].input[0] in self.constants:  # type: ignore[union-attr]
             return False
+        if self.constants[made[0].input[1]].size > 1:  # type: ignore[union-attr]
+            return False  # a scale per input channel does not go through an integer sum
         zeros = self.constants[made[1].input[2]]  # type: ignore[union-attr]
         if np.any(zeros):
             raise ValueError(f"{node.name}: weights with zero point {zeros.ravel()[:3]}; expected symmetric weights")
@@ -139,10 +141,15 @@ class Integers:
         """Codes where the result is rounded at once, float32 where something else reads it."""
         name = node.output[0]
         readers = self.readers.get(name, [])
-        if name not in self.outputs and len(readers) == 1 and readers[0].op_type == "QuantizeLinear":
+        if (
+            name not in self.outputs
+            and len(readers) == 1
+            and readers[0].op_type == "QuantizeLinear"
+            and self.constants[readers[0].input[1]].size == 1
+        ):
             _, scale, zero = readers[0].input
             low = 128 if self.constants[zero].dtype == np.int8 else 0
-            codes = requantise(total, step / self.constants[scale], int(self.constants[zero]) + low)
+            codes = requantise(total, step / self.constants[scale], int(self.constants[zero].item()) + low)
             values[readers[0].output[0]] = (codes.astype(np.int16) - low).astype(self.constants[zero].dtype)
         else:
             values[name] = total.astype(np.float32) * step.astype(np.float32)
@@ -166,8 +173,8 @@ class Integers:
 def _unsigned(codes: np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, int]:
     """Activation codes as the kernels take them: signed ones are moved up by 128, zero point and all."""
     if codes.dtype == np.int8:
-        return (codes.astype(np.int16) + 128).astype(np.uint8), int(zero) + 128
-    return codes, int(zero)
+        return (codes.astype(np.int16) + 128).astype(np.uint8), int(zero.item()) + 128
+    return codes, int(zero.item())
 
 
 def _convolve(codes: np.ndarray, zero: int, weights: np.ndarray, given: dict[str, Any], saturating: bool) -> np.ndarray:

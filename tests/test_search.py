@@ -98,6 +98,14 @@ def test_what_is_delivered(budget: str, made: list[Candidate], chosen: Candidate
     assert ("binds: the nearest, " + chosen.name in reason) is not met
 
 
+def test_among_those_that_cannot_be_told_apart_the_trained_one_is_delivered() -> None:
+    untrained = candidate("cut50-float32", agreement=0.96, n=50)
+    trained = candidate("cut50-distilled-float32", agreement=0.94, n=50)
+    assert search.choose([untrained, trained], parse_budget("macs<=0.5x"))[0] is trained
+    sure = [candidate("cut50-float32", agreement=0.96, n=5000), candidate("cut50-distilled-float32", agreement=0.94, n=5000)]
+    assert search.choose(sure, parse_budget("macs<=0.5x"))[0] is sure[0]
+
+
 def test_the_constraint_that_binds_is_the_one_missed_most() -> None:
     _, met, reason = search.choose([candidate("a", agreement=0.9, size=0.55, n=10**8)], parse_budget("size<=0.5x, agreement>=0.99"))
     assert not met

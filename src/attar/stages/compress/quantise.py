@@ -96,7 +96,7 @@ def _designed(exact: Graph, batches: Sequence[np.ndarray], leading: float | None
     best = _design(exact, batches, costs, leading or 0.0, WIDTHS)
     even, groups = equalised(exact, batches)
     if groups:
-        other = _design(even, batches, costs, leading or 0.0, WIDTHS)
+        other = _design(even, batches, costs, leading or 0.0, (best.width,))
         best = other._replace(groups=groups) if other.error < EVEN * best.error else best
     if leading is None:
         whole = best

@@ -243,10 +243,19 @@ def choose(made: Sequence[Candidate], constraints: Sequence[Constraint]) -> tupl
         best = min(made, key=lambda c: excess(constraints, c.figures))
         return best, False, f"none of {len(made)} candidates meets it; {_binding(constraints, best)}"
     if bounds_cost(constraints):
-        best, what = max(fit, key=lambda c: (c.figures["agreement"], -c.figures["size"])), "one that agrees most"
+        best, what = agreeing_most(fit), "one that agrees most"
     else:
         best, what = min(fit, key=lambda c: c.figures["size"]), "smallest"
     return best, True, f"{len(fit)} of {len(made)} candidates meet it; delivered is the {what}"
+
+
+def agreeing_most(fit: Sequence[Candidate]) -> Candidate:
+    """The candidate of the highest agreement. Those within a standard error of it cannot be told apart by agreement: of these a trained one comes
+    first, whose validation loss, a finer measure, was seen to fall; then the smaller one counts."""
+    top = max(c.figures["agreement"] for c in fit)
+    error = max(np.sqrt(c.figures["agreement"] * (1 - c.figures["agreement"]) / c.figures["n"]) for c in fit)
+    alike = [c for c in fit if c.figures["agreement"] >= top - error]
+    return max(alike, key=lambda c: ("distilled" in c.name, c.figures["agreement"], -c.figures["size"]))
 
 
 def _binding(constraints: Sequence[Constraint], best: Candidate) -> str:
