@@ -25,7 +25,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from attar.stages.compress.equalise import equalised
 from attar.stages.compress.graph import Graph, attributes
-from attar.stages.compress.refine import KINDS, layers, put_bias, refine
+from attar.stages.compress.refine import ITEMS, KINDS, layers, put_bias, refine
 
 WIDTHS = (0.0, 0.25, 0.5, 1.0)
 """Activation ranges tried: between the mean of the items' extremes (0) and the widest seen (1)."""
@@ -73,7 +73,7 @@ def quantise(source: Path, target: Path, batches: Sequence[np.ndarray], *, leadi
     logging.getLogger().setLevel(logging.ERROR)  # the library advises on the root logger at every call
     exact = prepared(source)
     made, chosen = _designed(exact, batches, leading)
-    refine(made.file, made.exact, np.concatenate(batches))
+    refine(made.file, made.exact, evenly(batches, ITEMS[1]))
     onnx.save(made.file.model, target)
     return chosen
 
@@ -95,9 +95,8 @@ def _designed(exact: Graph, batches: Sequence[np.ndarray], leading: float | None
     costs = layer_costs(exact, batches[0][:1])
     best = _design(exact, batches, costs, leading or 0.0, WIDTHS)
     even, groups = equalised(exact, batches)
-    if groups:
-        other = _design(even, batches, costs, leading or 0.0, (best.width,))
-        best = other._replace(groups=groups) if other.error < EVEN * best.error else best
+    if groups and _design(even, batches, costs, leading or 0.0, (best.width,)).error < EVEN * best.error:
+        best = _design(even, batches, costs, leading or 0.0, WIDTHS)._replace(groups=groups)
     if leading is None:
         whole = best
         for share in LEADING:
@@ -112,8 +111,7 @@ def _design(exact: Graph, batches: Sequence[np.ndarray], costs: Mapping[str, int
     kept = entrance(exact, costs, share)
     file = skeleton(exact, batches[0][:1], kept)
     found = extremes(exact, [name for names in _ranged(file, exact).values() for name in names], batches)
-    judged = np.concatenate(batches)
-    judged = judged[np.arange(min(JUDGED, len(judged))) * len(judged) // min(JUDGED, len(judged))]
+    judged = evenly(batches, JUDGED)
     some = [judged[start : start + 8] for start in range(0, len(judged), 8)]
     wanted = _outputs(exact, exact.outputs, some)
     errors = {}
@@ -124,6 +122,18 @@ def _design(exact: Graph, batches: Sequence[np.ndarray], costs: Mapping[str, int
     set_ranges(file, exact, found, width)
     leading = [name for name in kept if name in costs]
     return Design(file, exact, 0, len(leading), sum(costs[name] for name in leading) / sum(costs.values()), width, errors[width])
+
+
+def evenly(batches: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """At most so many items, evenly spaced over all batches.
+
+    >>> evenly([np.arange(3), np.arange(3, 8)], 4).tolist()
+    [0, 2, 4, 6]
+    """
+    ends = np.cumsum([len(batch) for batch in batches])
+    wanted = np.arange(min(count, ends[-1])) * ends[-1] // min(count, ends[-1])
+    homes = np.searchsorted(ends, wanted, "right")
+    return np.stack([batches[home][place - ends[home]] for home, place in zip(homes, wanted)])
 
 
 def prepared(source: Path) -> Graph:
