@@ -197,8 +197,11 @@ def exit_nodes(graph: Graph) -> list[str]:
 def skeleton(exact: Graph, item: np.ndarray, kept: Sequence[str]) -> Graph:
     """The int8 structure of a graph as ONNX Runtime's quantiser makes it, from one item; `kept` nodes stay in float32.
 
+    Of networks with layer norms the layers alone are quantised, their outputs are not: what lies between has to be float32 anyway.
     Layers that `refine` does not solve are left as they come: 7-bit weights, 8-bit ones where the convolution is depthwise.
     """
+    normed = any(node.op_type == "LayerNormalization" for node in exact.nodes)
+    between = [node.name for node in exact.nodes if normed and not (node.op_type in KINDS and node.input[1] in exact.constants)]
     head = [node.name for node in exact.nodes if "/head/" in node.name]
     depthwise = [node.input[1] for node in exact.nodes if node.op_type == "Conv" and attributes(node).get("group", 1) > 1]
     whole_range = {"quant_type": QuantType.QInt8, "axis": 0, "symmetric": True, "reduce_range": False}
@@ -213,9 +216,12 @@ def skeleton(exact: Graph, item: np.ndarray, kept: Sequence[str]) -> Graph:
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*kept, *exit_nodes(exact), *head],
+            nodes_to_exclude=sorted({*kept, *exit_nodes(exact), *head, *between}),
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"TensorQuantOverrides": {name: [whole_range] for name in depthwise}},
+            extra_options={
+                "TensorQuantOverrides": {name: [whole_range] for name in depthwise},
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"] if normed else [],
+            },
         )
         return _exact_outputs(Graph(onnx.load(Path(folder) / "int8.onnx")))
 
