@@ -258,3 +258,21 @@ def test_weights_beyond_float16_stay(tmp_path: Path) -> None:
     half(tmp_path / "big.onnx", tmp_path / "half.onnx")
     stored = {value.name: value.data_type for value in onnx.load(tmp_path / "half.onnx").graph.initializer}
     assert stored == {"weight": onnx.TensorProto.FLOAT, "bias": onnx.TensorProto.FLOAT}
+
+
+def test_between_the_layers_of_a_transformer_nothing_is_rounded(tmp_path: Path) -> None:
+    """Attention, additions and norms stay in float32; the linear layers with constant weights do not."""
+    axes = {name: {0: "items"} for name in ("image", "embedding", "logits")}
+    names = {"input_names": ["image"], "output_names": ["embedding", "logits"], "dynamic_axes": axes}
+    torch.onnx.export(made("transformer"), (images(2),), str(tmp_path / "f.onnx"), opset_version=17, dynamo=False, **names)
+    chosen = quantise(tmp_path / "f.onnx", tmp_path / "q.onnx", [images(16, seed=seed).numpy() for seed in range(4)], leading=0)
+    graph = Graph(onnx.load(tmp_path / "q.onnx"))
+    assert chosen.layers == 5, "query-key-value, projection, two of the MLP, a classifier that is called head"
+    for node in graph.nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0] not in graph.constants:
+            assert {reader.op_type for reader in graph.readers[node.output[0]]} <= {"MatMul", "Gemm"}
+    products = [node for node in graph.nodes if node.op_type == "MatMul"]
+    assert sum(graph.made[node.input[1]].op_type != "DequantizeLinear" for node in products) == 2, "both products of attention"
+    fresh = images(64, seed=99).numpy()
+    exact, small = ([outputs(open_session(tmp_path / name), fresh)["logits"]] for name in ("f.onnx", "q.onnx"))
+    assert 0 < distance(exact, small) < 0.01

@@ -202,7 +202,7 @@ def skeleton(exact: Graph, item: np.ndarray, kept: Sequence[str]) -> Graph:
     """
     normed = any(node.op_type == "LayerNormalization" for node in exact.nodes)
     between = [node.name for node in exact.nodes if normed and not (node.op_type in KINDS and node.input[1] in exact.constants)]
-    head = [node.name for node in exact.nodes if "/head/" in node.name]
+    head = [node.name for node in exact.nodes if node.name.startswith("/head/") and "cluster_probabilities" in exact.outputs]
     depthwise = [node.input[1] for node in exact.nodes if node.op_type == "Conv" and attributes(node).get("group", 1) > 1]
     whole_range = {"quant_type": QuantType.QInt8, "axis": 0, "symmetric": True, "reduce_range": False}
     with tempfile.TemporaryDirectory() as folder:
