@@ -470,6 +470,8 @@ def test_nothing_is_cut_for_the_whole_and_everything_for_nothing(costs: Costs) -
 def test_widths_follow_the_lanes_and_heads_go_one_by_one() -> None:
     assert [granularity(width) for width in (1, 7, 8, 31, 32, 512)] == [1, 1, 4, 4, 8, 8]
     assert [choices(group) for group in EXPECTED["residual"]] == [[4, 8], [0, 4, 8, 12, 16], [0, 4, 8, 12, 16]]
+    assert [choices(group, 16) for group in EXPECTED["residual"]] == [[8], [0, 16], [0, 16]]
+    assert choices(Group(name="b", producers=("b",), width=24, consumers=("c",), tied=()), 16) == [8, 16, 24]
     assert choices(Group(name="q", producers=("q",), width=12, consumers=("o",), tied=(), unit=64)) == list(range(1, 13))
     assert choices(Group(name="a", producers=("a",), width=9, consumers=("b",), tied=())) == list(range(1, 10))
 

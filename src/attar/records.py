@@ -182,6 +182,8 @@ class Policy:
     """Dial of each family of transforms, for items of no particular cluster."""
     clusters: tuple[Mapping[str, Dial], ...] = ()
     """Dials per cluster, by cluster number; empty when the global ones serve all."""
+    pick: int | None = None
+    """How many of the named entries each view gets, drawn evenly; None draws each by its own frequency."""
     method: str = "defaults"
     """How the dials were found."""
     evidence: tuple[Mapping[str, Any], ...] = ()

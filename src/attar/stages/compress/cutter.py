@@ -38,20 +38,21 @@ class Cutter:
         settings: config.Compress,
         job: Job,
         times: Mapping[str, float] | None = None,
+        lanes: int | None = None,
     ) -> None:
-        """`times` are milliseconds of each layer; without them shares are shares of the MACs."""
+        """`times` are milliseconds of each layer; without them shares are shares of the MACs. Widths are multiples of `lanes` where given."""
         self.network, self.model, self.feed, self.settings, self.job = network, model, feed, settings, job
         self.example = feed.example()
         self.groups, left = prune.survey(network, self.example)
         layers = {name for group in self.groups for name in (*group.producers, *group.consumers)}
-        self.costs = prune.Costs(network, self.example, self.groups, times if times and covered(times, layers) else None)
+        self.costs = prune.Costs(network, self.example, self.groups, times if times and covered(times, layers) else None, lanes)
         if left:
             job.say(prune.described(left))
 
     @functools.cached_property
     def floor(self) -> float:
         """The smallest share that cutting every group to its least width reaches."""
-        least = {group.name: prune.choices(group)[0] for group in self.groups}
+        least = {group.name: prune.choices(group, self.costs.lanes)[0] for group in self.groups}
         return self.costs.total(least) / self.costs.total({})
 
     @functools.cached_property

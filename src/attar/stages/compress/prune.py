@@ -9,6 +9,7 @@ pass (flow.py); whether they may be cut is proved on the model itself: cutting m
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -213,9 +214,19 @@ def _depends(output: Tensor, inputs: Tensor) -> bool:
 class Costs:
     """Multiply-accumulates, or measured times, of a network as a function of its groups' widths."""
 
-    def __init__(self, network: Network, example: Tensor, groups: Sequence[Group], layers: Mapping[str, float] | None = None) -> None:
-        """Counts the MACs of one item, or takes a cost per layer (as measured milliseconds; layers that are not named cost nothing)."""
-        self.groups = list(groups)
+    def __init__(
+        self,
+        network: Network,
+        example: Tensor,
+        groups: Sequence[Group],
+        layers: Mapping[str, float] | None = None,
+        lanes: int | None = None,
+    ) -> None:
+        """Counts the MACs of one item, or takes a cost per layer (as measured milliseconds; layers that are not named cost nothing).
+
+        With `lanes` widths are multiples of it, and only those: what the kernels compute at once.
+        """
+        self.groups, self.lanes = list(groups), lanes
         self.place = {group.name: place for place, group in enumerate(self.groups)}
         if layers is None:
             flow = follow(network, example)
@@ -251,9 +262,9 @@ def granularity(width: int) -> int:
     return 8 if width >= 32 else 4 if width >= 8 else 1
 
 
-def choices(group: Group) -> list[int]:
-    """Widths a group may get, ascending: multiples of its granularity (any number of heads), and 0 where the branch may go."""
-    step = 1 if group.unit > 1 else granularity(group.width)
+def choices(group: Group, lanes: int | None = None) -> list[int]:
+    """Widths a group may get, ascending: multiples of `lanes` or of its granularity (any number of heads), and 0 where the branch may go."""
+    step = 1 if group.unit > 1 else math.gcd(group.width, lanes) if lanes else granularity(group.width)
     step = step if group.width % step == 0 else 1
     return [*([0] if group.removable else []), *range(step, group.width + 1, step)]
 
@@ -303,7 +314,7 @@ def _stepped(
         spare = budget - costs.total(widths)
         for group in groups:
             curve, now = damage[group.name], widths[group.name]
-            allowed = np.array([w for w in _allowed(group, curve) if (w > now if widen else w < now)], int)
+            allowed = np.array([w for w in _allowed(group, curve, costs.lanes) if (w > now if widen else w < now)], int)
             if not len(allowed):
                 continue
             spent = _spent(group, allowed, costs, widths) - _spent(group, np.array([now]), costs, widths)[0]
@@ -318,8 +329,8 @@ def _stepped(
     return widths
 
 
-def _allowed(group: Group, damage: np.ndarray) -> list[int]:
-    return [width for width in choices(group) if group.width - width < len(damage)]
+def _allowed(group: Group, damage: np.ndarray, lanes: int | None) -> list[int]:
+    return [width for width in choices(group, lanes) if group.width - width < len(damage)]
 
 
 def _spent(group: Group, allowed: np.ndarray, costs: Costs, widths: Mapping[str, int]) -> np.ndarray:
@@ -333,5 +344,5 @@ def _spent(group: Group, allowed: np.ndarray, costs: Costs, widths: Mapping[str,
 
 def _best(group: Group, damage: np.ndarray, costs: Costs, widths: Mapping[str, int], price: float) -> int:
     """The width of least damage + price · cost while the others keep theirs; the wider one of equals, so that a price of zero cuts nothing."""
-    allowed = np.array(_allowed(group, damage)[::-1])
+    allowed = np.array(_allowed(group, damage, costs.lanes)[::-1])
     return int(allowed[np.argmin(damage[group.width - allowed] + price * _spent(group, allowed, costs, widths))])

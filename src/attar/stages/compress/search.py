@@ -41,6 +41,8 @@ CLOSE = 0.03
 """How far below its bound a cost may stay, as a share of it, for the search for a size to end."""
 COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
+LANES = 16
+"""Channels that int8 kernels compute at once: where latency is bounded widths are multiples of it, and what is left to save are whole branches."""
 SPARE = 0.05
 """Share of the minutes kept back for what a measured pace does not show."""
 SLOWER = 1.1
@@ -78,7 +80,8 @@ class Search:
 
     def cut(self) -> None:
         """Cuts, the one or two that matter distilled."""
-        cutter = Cutter(self.bench.network, self.model, self.feed, self.settings, self.job, self._times())
+        lanes = LANES if any(constraint.metric == "latency" for constraint in self.costs) else None
+        cutter = Cutter(self.bench.network, self.model, self.feed, self.settings, self.job, self._times(), lanes)
         if not cutter.groups:
             self.job.say("no channels of this model can be followed from producer to consumer; it is quantised, not cut")
             return
