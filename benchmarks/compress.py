@@ -1,7 +1,8 @@
 """Cut a classifier to a share of its MACs on unlabelled images, in minutes: attar beside Torch-Pruning and distillation, judged by hidden labels.
 
     python benchmarks/compress.py DATA --model FILE.py:BUILDER --weights W.safetensors [--share 0.5] [--minutes 15] [--items 5000]
-        [--seeds 1 2 3 4 5] [--sides attar torch-pruning-magnitude …] [--test 10000] [--repair-only] [--keep FOLDER] [--out FILE.json]
+        [--latency 0.33] [--seeds 1 2 3 4 5] [--sides attar torch-pruning-magnitude …] [--test 10000] [--repair-only] [--keep FOLDER]
+        [--out FILE.json]
 
 DATA has train/CLASS/*.jpg and test/CLASS/*.jpg. Each side runs in a process of its own and gets the module, `items` random training images as
 tensors, `minutes` of wall time in all and `threads` threads. It hands back ONNX files; all test images go through these in ONNX Runtime, and
@@ -11,7 +12,8 @@ MACs are counted from them, so that every side is judged alike. Three states of 
     repaired   before any gradient step: attar's closed form; for the peers batch-norm statistics taken anew, which their users can add
     trained    what is delivered after the minutes
 
-`--keep` keeps the files (and calibration images) for `speed.py`.
+`--latency` bounds attar's latency as well, as a ratio to the original's; no peer can be asked for that. `--keep` keeps the files (and
+calibration images) for `speed.py`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Task:
     items: int
     minutes: float
     share: float
+    latency: float | None
     threads: int
     repair_only: bool
     folder: Path  # where its files go
@@ -78,8 +81,9 @@ def attar_side(task: Task, module: nn.Module, tensors: torch.Tensor) -> dict[str
     import attar
 
     settings: dict[str, Any] = {"distil_steps": 0} if task.repair_only else {"minutes": task.minutes}
+    budget = f"macs<={task.share}x" + (f", latency<={task.latency}x" if task.latency else "")
     start = time.perf_counter()
-    made = attar.compress(module, tensors, budget=f"macs<={task.share}x", seed=task.seed, threads=task.threads, **settings)
+    made = attar.compress(module, tensors, budget=budget, seed=task.seed, threads=task.threads, **settings)
     seconds = time.perf_counter() - start
     files = {"trained": workloads.write_onnx(made.module, tensors, task.folder / "trained.onnx")}
     within = [one for one in made.front.candidates if one.figures["macs_ratio"] <= task.share]
@@ -175,6 +179,7 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--minutes", type=float, default=15)
     arguments.add_argument("--items", type=int, default=5000)
     arguments.add_argument("--share", type=float, default=0.5)
+    arguments.add_argument("--latency", type=float, help="bounds attar's latency too, as a ratio to the original's")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     arguments.add_argument(
         "--sides",
@@ -199,7 +204,7 @@ def main() -> None:
         judge = Judge(given.model, given.weights, given.data / "test", given.cache, given.threads, home, given.test)
         workloads.say(f"original: {judge.accuracy:.2f} % of {len(judge.truth):,} test images, {judge.macs / 1e6:.1f} M MACs")
         shared = {
-            name: getattr(given, name) for name in ("model", "weights", "cache", "items", "minutes", "share", "threads", "repair_only")
+            name: getattr(given, name) for name in ("model", "weights", "cache", "items", "minutes", "share", "latency", "threads", "repair_only")
         }
         for seed in given.seeds:
             for side in given.sides:  # sides in turn within a seed, so that a slow hour hits all alike

@@ -18,7 +18,7 @@ import pytest
 from made_stages import SHARDS, run, tables
 
 from attar.errors import UsageError, WorkspaceError
-from attar.workspace import Job, Workspace
+from attar.workspace import Bar, Job, Workspace
 
 ALL = ["first", "second", "third"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(made_stages.config.__file__).parents[1])])}
@@ -424,3 +424,12 @@ def test_notes_are_said_once_and_to_stderr(tmp_path: Path, capsys: pytest.Captur
     assert Job("stage", tmp_path / "scratch").notes == ["once"]
     said = capsys.readouterr()
     assert (said.out, said.err.count("stage: once")) == ("", 1)
+
+
+def test_a_bar_that_was_interrupted_in_its_making_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """As Ctrl-C leaves it: an object without fields, about to be collected."""
+    bar = Bar.__new__(Bar)
+    for field in list(vars(bar)):
+        delattr(bar, field)
+    bar.__del__()
+    assert capsys.readouterr().err == ""

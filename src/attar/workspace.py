@@ -52,6 +52,14 @@ def _disk(path: Path, refusals: set[int] = DISK_ERRORS) -> Iterator[None]:
         raise
 
 
+class Bar(tqdm):
+    """A progress bar that Ctrl-C may meet half-way through its construction."""
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # fields that were not set yet
+            super().__del__()
+
+
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -78,10 +86,10 @@ class Job:
         """A generator that depends on the seed, the stage and the purpose only, so that a resumed stage draws the same numbers."""
         return np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), zlib.crc32(repr(purpose).encode())])
 
-    def progress(self, total: int, label: str, unit: str = "items", done: int = 0) -> tqdm:
+    def progress(self, total: int, label: str, unit: str = "items", done: int = 0) -> Bar:
         """A bar on stderr with rate and remaining time; appears after two seconds, never in quiet mode."""
         slow = 0.2 if sys.stderr.isatty() else 10.0
-        return tqdm(
+        return Bar(
             total=total,
             desc=f"{self.name}: {label}",
             unit=f" {unit}",

@@ -22,7 +22,7 @@ from attar.stages.compress.mimicry import Taps, comparable, feature_distance
 from attar.stages.train import optimise
 from attar.workspace import Job
 
-LIVE_RATE, FOLDED_RATE = 1e-3, 3e-4
+LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
 MIXED_FROM = 40
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
