@@ -17,6 +17,7 @@ from attar.config import Compress
 from attar.errors import ModelError
 from attar.models.network import Network
 from attar.stages.augment.mix import mix
+from attar.stages.compress import distil as stage
 from attar.stages.compress.distil import distil, live_norms
 from attar.stages.compress.feed import TensorFeed
 from attar.stages.compress.mimicry import Taps, comparable, feature_distance
@@ -69,6 +70,21 @@ def test_norms_learn_their_statistics_where_they_have_any_and_batches_are_large_
     before = student.body.bn.running_mean.clone()
     distil(student, teacher, _feed(job("one")), 60, SETTINGS, job("one"), "distilling")
     assert not torch.equal(student.body.bn.running_mean, before)
+
+
+def test_norms_learn_nothing_from_mixtures(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every item looks like when mixed is not what the student will see."""
+    teacher, kept = made("residual"), {}
+    monkeypatch.setattr(stage, "MIXED_FROM", 0)
+    monkeypatch.setattr(stage, "mix", lambda views, rng: 0.5 * views + 0.5 * views.flip(0))
+    for until in (0.5, 1.0):
+        monkeypatch.setattr(stage, "MIXED_UNTIL", until)
+        student = _student(teacher)
+        before = student.body.bn.running_mean.clone()
+        distil(student, teacher, _feed(job(str(until))), 40, SETTINGS, job(str(until)), "distilling")
+        kept[until] = torch.equal(student.body.bn.running_mean, before)
+        assert student.body.bn.momentum == 0.1
+    assert kept == {0.5: False, 1.0: True}
 
 
 def test_a_student_that_gives_no_numbers_is_named(job) -> None:

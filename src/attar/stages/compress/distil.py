@@ -26,18 +26,20 @@ LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
 MIXED_FROM = 40
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
+MIXED_UNTIL = 0.8
+"""Share of the steps after which there are no mixtures any more: the student ends on items as they are."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
 
-def live_norms(student: nn.Module, size: int) -> list[nn.Module]:
+def live_norms(student: nn.Module, size: int) -> list[nn.modules.batchnorm._BatchNorm]:
     """Batch norms that may go on learning their statistics from batches of `size` items.
 
     Models from the hub come with norms that were folded away (mean 0, variance 1): statistics of a batch would destroy them.
     """
     norms = [layer for layer in student.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
-    folded = all(float(norm.running_mean.abs().max()) < 1e-6 for norm in norms)  # type: ignore[union-attr, operator]
-    return [] if folded or size < LEAST_BATCH else list(norms)
+    folded = all(float(norm.running_mean.abs().max()) < 1e-6 for norm in norms)  # type: ignore[union-attr]
+    return [] if folded or size < LEAST_BATCH else norms
 
 
 def distil(
@@ -54,15 +56,18 @@ def distil(
         target = teacher(held)
     names = comparable(student, teacher, feed.example(2))
     ours, theirs = Taps(student, names), Taps(teacher, names)
+    mixing = int(MIXED_UNTIL * steps) if steps * size >= MIXED_FROM * feed.count else 0
+    momenta = [norm.momentum for norm in norms]
 
     def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
         assert isinstance(views, Tensor)
-        if steps * size >= MIXED_FROM * feed.count:
-            views = mix(views, job.rng("mix", step))
+        asked = mix(views, job.rng("mix", step)) if step < mixing else views
+        for norm, momentum in zip(norms, momenta):
+            norm.train()
+            norm.momentum = momentum if asked is views else 0.0  # what is normal is learned from items, not from mixtures
+        views = asked
         with torch.no_grad():
             wanted = teacher(views)
-        for norm in norms:
-            norm.train()
         loss = distillation(student(views), wanted)
         if names:
             maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
@@ -83,6 +88,8 @@ def distil(
         return optimise(modules, rate, steps, stream, loss_of, look, job, label, until_plateau=False)
     finally:
         student.eval()
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
         ours.close()
         theirs.close()
 
