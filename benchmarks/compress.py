@@ -204,7 +204,8 @@ def main() -> None:
         judge = Judge(given.model, given.weights, given.data / "test", given.cache, given.threads, home, given.test)
         workloads.say(f"original: {judge.accuracy:.2f} % of {len(judge.truth):,} test images, {judge.macs / 1e6:.1f} M MACs")
         shared = {
-            name: getattr(given, name) for name in ("model", "weights", "cache", "items", "minutes", "share", "latency", "threads", "repair_only")
+            name: getattr(given, name)
+            for name in ("model", "weights", "cache", "items", "minutes", "share", "latency", "threads", "repair_only")
         }
         for seed in given.seeds:
             for side in given.sides:  # sides in turn within a seed, so that a slow hour hits all alike

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ["COLUMNS"] = "100"  # argparse wraps help to the terminal: the page must not depend on it
 os.environ["NO_COLOR"] = "1"
 
-from attar.cli import make_parser
+from attar.cli import make_parser, make_search_parser
 from attar.config import template
 
 HERE = Path(__file__).parent
@@ -17,7 +17,7 @@ def cli_page() -> str:
     parser = make_parser()
     verbs = next(action for action in parser._actions if hasattr(action, "choices") and action.choices).choices
     parts = ["# Command line", "", "Made by `make docs`; do not edit.", "", "```", parser.format_help().rstrip(), "```"]
-    for verb, sub in verbs.items():
+    for verb, sub in [*verbs.items(), ("augment search", make_search_parser())]:
         parts += ["", f"## attar {verb}", "", "```", sub.format_help().rstrip(), "```"]
     return "\n".join(parts) + "\n"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablations
+import augment
 import certificate
 import peers
 import populations
@@ -213,3 +217,66 @@ def test_defaults_of_the_quantiser_make_a_file_that_runs(tmp_path: Path) -> None
 def test_a_variant_whose_part_has_gone_fails() -> None:
     with pytest.raises(AttributeError, match="gone"), ablations.replacing((ablations, "gone", 0)):
         pass
+
+
+def _timed(attar: float, **peers: float) -> dict[str, Any]:
+    """A row of the augmentation benchmark in which nothing varies."""
+    times = {"attar": attar, **peers}
+    spreads = {name: dict.fromkeys(("low", "median", "high"), value) for name, value in times.items()}
+    ratios = {name: dict.fromkeys(("low", "median", "high"), value / attar) for name, value in peers.items()}
+    return {"workload": "crop", "first": {}, "failed": {}, "microseconds": spreads, "ratios": ratios}
+
+
+def test_goals_of_augmentation_are_judged_and_what_is_missing_is_no_win() -> None:
+    line = augment.judge(_timed(100, opencv=119, kornia=900), {})[0]
+    assert line == {"workload": "crop", "against": "the best peer, opencv", "ratio": "1.19 (1.19 – 1.19)", "goal": "≥ 1.2", "": "MISSED"}
+    assert augment.judge(_timed(100, opencv=121), {})[0][""] == "reached"
+    assert [line["against"] for line in augment.judge(_timed(100, opencv=119, kornia=900), {})][1] == "the best library, kornia"
+    assert augment.judge(_timed(100), {})[0][""] == "not measured: no peer has it"
+    full = _timed(100, opencv=200) | {"workload": "full", "failed": {"kornia": "kornia: out of memory"}}
+    verdicts = {line["against"]: line[""] for line in augment.judge(full, {"torchvision": "torchvision: ModuleNotFoundError"})}
+    assert verdicts == {
+        "albumentations": "not measured: left out",
+        "torchvision": "not measured: torchvision: ModuleNotFoundError",
+        "kornia": "not measured: kornia: out of memory",
+        "fuse": "not measured: left out",
+        "opencv": "reached",
+    }
+
+
+def test_photos_are_cut_to_size(tmp_path: Path) -> None:
+    from PIL import Image
+
+    made = augment.photos(None, 2, 0)
+    assert made.shape == (2, 375, 500, 3)
+    assert np.array_equal(made, augment.photos(None, 2, 0))
+    assert made.std() > 20
+    for name, size in (("a", (40, 90)), ("b", (1000, 750))):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / f"{name}.png")
+    assert np.array_equal(augment.photos(tmp_path, 2, 0), np.broadcast_to(np.uint8([10, 20, 30]), (2, 375, 500, 3)))
+    with pytest.raises(SystemExit, match="2 files; expected at least 3 photos"):
+        augment.photos(tmp_path, 3, 0)
+
+
+def test_augmentation_is_timed_end_to_end(tmp_path: Path) -> None:
+    script, out = Path(augment.__file__), tmp_path / "out.json"
+    settings = ["--parts", "full", "crop", "--sides", "attar", "--batch", "2", "--rounds", "3", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(script), *settings], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not measured: left out" in done.stdout
+    rows = {row["workload"]: row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {"full", "crop"}
+    for row in rows.values():
+        assert 0 < row["microseconds"]["attar"]["low"] <= row["microseconds"]["attar"]["high"]
+        assert row["first"]["attar"] > 0
+
+
+def test_a_library_that_cannot_be_opened_is_named() -> None:
+    modules = {"opencv": "cv2", "albumentations": "albumentations", "fuse": "fuse_augmentations", "kornia": "kornia"}
+    absent = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
+    if not absent:
+        pytest.skip("every peer is installed here")
+    found, missing = augment.open_libraries(absent, dict.fromkeys(absent, sys.executable))
+    assert found == []
+    assert list(missing) == absent
+    assert all("ModuleNotFoundError" in reason for reason in missing.values())

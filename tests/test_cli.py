@@ -207,7 +207,7 @@ def test_a_closed_stdout_is_not_a_failure(files: int, finished: Finished) -> Non
 
 def test_ctrl_c_then_the_same_command(photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    command = attar_command("embed", root, "--data", photos, "--self-steps", "15", "--self-width", "8", "--batch-size", "32")
+    command = attar_command("embed", root, "--data", photos, "--self-steps", "80", "--self-width", "8", "--batch-size", "32")
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(root.glob(".partial/embed-*")) and time.monotonic() < deadline:
@@ -228,7 +228,7 @@ def test_the_generated_pages_are_fresh() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", [[], ["run"], ["predict"], ["status"], ["init"], *([stage] for stage in STAGES)])
+@pytest.mark.parametrize("verb", [[], ["run"], ["predict"], ["status"], ["init"], ["augment", "search"], *([stage] for stage in STAGES)])
 def test_help_of_every_verb(verb: list[str], cli: Any) -> None:
     said = cli(*verb, "--help")
     assert (said.code, said.err) == (0, "")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import attar
-from attar.cli import _settings, make_parser
-from attar.config import SECTIONS, Config, build_config, flatten, options, read_toml, template, tomllib
+from attar.cli import SEARCHED, _parse, _settings, make_parser, make_search_parser
+from attar.config import SECTIONS, Config, Search, build_config, flatten, options, read_toml, template, tomllib
 from attar.errors import UsageError
 
 EVERYTHING: dict[str, Any] = {
@@ -27,8 +27,13 @@ EVERYTHING: dict[str, Any] = {
     "input_size": 96,
     "mean": (0.1, 0.2, 0.3),
     "std": (0.5,),
+    "policy": "simclr",
     "strength": 0.4,
     "frequency": 0.25,
+    "generate_minutes": 3.5,
+    "generate_steps": 50,
+    "generate_side": 64,
+    "generate_count": 20,
     "self_steps": 20,
     "self_width": 8,
     "batch_size": 32,
@@ -48,8 +53,11 @@ EVERYTHING: dict[str, Any] = {
     "distil_batch": 16,
     "calibration_items": 64,
     "threads": 2,
+    "runtime": "auto",
     "labels": "folders",
     "neighbours": 3,
+    "search_steps": 4000,
+    "search_minutes": 7.5,
 }
 
 
@@ -66,6 +74,13 @@ def from_flags(*words: str) -> Config:
     return build_config(flags, file)
 
 
+def flags_of(settings: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
 def toml_of(settings: dict[str, Any]) -> str:
     lines: list[str] = []
     for section in SECTIONS:
@@ -80,13 +95,15 @@ def toml_of(settings: dict[str, Any]) -> str:
 def test_three_doors_build_the_same_config(tmp_path: Path) -> None:
     assert set(EVERYTHING) == set(options()), "the test above all sets every option"
     by_keyword = build_config(EVERYTHING)
-    words = [EVERYTHING["data"]]
-    for name, value in EVERYTHING.items():
-        if name != "data":
-            words += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    of_run = {name: value for name, value in EVERYTHING.items() if name != "data" and options()[name].section != "search"}
+    words = [EVERYTHING["data"], *flags_of(of_run)]
     file = tmp_path / "attar.toml"
     file.write_text(toml_of(EVERYTHING))
-    assert from_flags(*words) == by_keyword == build_config({}, file) == from_flags("--config", str(file))
+    assert by_keyword == build_config({}, file) == from_flags("--config", str(file))
+    assert from_flags(*words) == dataclasses.replace(by_keyword, search=Search())
+    searched = {name: value for name, value in EVERYTHING.items() if name != "out" and options()[name].section in SEARCHED}
+    given, _ = _settings(_parse(["augment", "search", EVERYTHING["out"], "--quiet", *flags_of(searched)]))
+    assert build_config(given | {"out": EVERYTHING["out"]}).search == by_keyword.search
     assert flatten(by_keyword) == EVERYTHING
     defaults = flatten(build_config({"data": "photos"}))
     assert [name for name in EVERYTHING if defaults[name] == EVERYTHING[name]] == [], "a default would pass this test unread"
@@ -200,6 +217,9 @@ def test_wrong_types(given: dict[str, Any], expected: str) -> None:
         ({"std": [1, 0, 1]}, "every number must be above 0"),
         ({"strength": 1.1}, "expected 0 to 1"),
         ({"frequency": -0.1}, "expected 0 to 1"),
+        ({"policy": "bold"}, "There is no policy 'bold'"),
+        ({"search_steps": 0}, "expected at least 1"),
+        ({"search_minutes": 0}, "expected above 0"),
         ({"self_steps": 0}, "expected at least 1"),
         ({"self_width": 7}, "expected 8 to 256"),
         ({"batch_size": 3}, "expected at least 4"),
@@ -293,11 +313,13 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
 
 def test_every_option_has_a_text_a_home_and_a_flag() -> None:
     help_of_run = " ".join(next(a for a in make_parser()._actions if a.choices).choices["run"].format_help().split())
+    help_of_search = " ".join(make_search_parser().format_help().split())
     for name, option in options().items():
         assert len(option.text) > 15, name
         assert option.text[0].isupper(), name
         assert option.text.endswith("."), name
-        assert name == "data" or f"--{name.replace('_', '-')} " in help_of_run, name
+        shown = help_of_search if option.section == "search" else help_of_run
+        assert name == "data" or f"--{name.replace('_', '-')} " in shown, name
     assert {option.section for option in options().values()} == {item.name for item in dataclasses.fields(Config)}
 
 

@@ -25,12 +25,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readme_s_python_runs_as_written(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, alone = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    run, alone, views = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     exec(compile(run, "README.md", "exec"), {})
     assert "model" in capsys.readouterr().out  # the sentence
     exec(compile(alone, "README.md", "exec"), {})
     assert "same top-1 class as the original on" in capsys.readouterr().out
     assert (project / "attar-runs" / "photos" / "report.html").exists()
+    made: dict[str, object] = {}
+    exec(compile(views, "README.md", "exec"), made)
+    assert made["batch"].shape == (4, 3, 224, 224)  # type: ignore[attr-defined]
 
 
 def test_the_readme_s_map_names_every_file_and_no_other() -> None:
@@ -38,7 +41,7 @@ def test_the_readme_s_map_names_every_file_and_no_other() -> None:
     house = text[text.index("## The house") : text.index("## What it is not")]
     package = ROOT / "src" / "attar"
     here = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    for folder in ("stages", "stages/compress"):  # the others are named as folders
+    for folder in ("stages", "stages/augment", "stages/compress"):  # the others are named as folders
         here |= {path.name for path in (package / folder).glob("*.py") if path.name != "__init__.py"}
     here |= {
         f"{path.name}/" for path in (*package.iterdir(), *(package / "stages").iterdir()) if path.is_dir() and path.name != "__pycache__"
@@ -59,3 +62,9 @@ def test_every_benchmark_and_make_target_named_in_the_documents_exists() -> None
 def test_generated_pages_are_fresh() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_augmentation_page_s_python_runs_as_written() -> None:
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "augmentation.md").read_text("utf-8"), re.DOTALL):
+        exec(compile(block, "augmentation.md", "exec"), namespace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,29 @@ def test_latency_states_its_conditions_and_is_measured_once(case: Case) -> None:
     for path in Path(case.items.root).rglob("*.png"):
         path.unlink()  # a resumed stage neither reads the items nor measures again
     assert case.run() == evidence
+
+
+def test_figures_of_openvino_name_it(case: Case) -> None:
+    pytest.importorskip("openvino")
+    plain = case.run("plain", labels="folders")
+    student = dataclasses.replace(case.front.student, runtime="openvino")
+    front = dataclasses.replace(case.front, candidates=(student,))
+    evidence = case.run("there", labels="folders", front=front)
+    for figure in evidence.figures:
+        other = plain.get(figure.name, figure.of)
+        assert other is not None
+        if not figure.name.startswith("latency"):
+            assert figure.value == pytest.approx(other.value, abs=1e-5)  # the file is in float32
+        named = figure.of == "student" and figure.split == "test"
+        assert figure.method.endswith(" (student in OpenVINO)") is named
+    assert str(evidence.certificate).startswith("same top-1 class as the original (student in OpenVINO) on ")
+    latency = evidence.get("latency_ms")
+    assert latency is not None
+    assert re.search(
+        r"original in ONNX Runtime \S+, student in OpenVINO 20\S+, on the CPU, 1 thread, batch 1, .* of their own for each$", latency.method
+    )
+    (note,) = [note for note in evidence.notes if note not in plain.notes]
+    assert re.fullmatch(r"In OpenVINO the original itself takes \S+ ms; in the same runtime the student has \d+\.\d\dx its latency\.", note)
 
 
 def test_a_fresh_run_gives_the_same_figures(case: Case) -> None:

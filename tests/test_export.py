@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import images
 
-from attar import __version__
+from attar import __version__, runtime
 from attar.errors import ModelError
 from attar.modalities.image import Loader
 from attar.records import Candidate, Evidence, Figure, Front, Items, Model
@@ -94,6 +94,7 @@ def test_an_export_says_how_to_feed_it_and_where_it_comes_from(
     known = json.loads(entry.value)
     assert entry.key == "attar"
     assert known["version"] == __version__
+    assert "runtime" not in known
     assert known["classes"] == ["ant", "bee", "cat"]
     assert known["clusters"] == 5
     assert known["lineage"] == [*classifier.lineage, "delivered as float32"]
@@ -107,6 +108,26 @@ def test_an_export_says_how_to_feed_it_and_where_it_comes_from(
     assert card["budget"] == {"asked": "agreement>=0.9", "met": True, "reason": "1 of 1"}
     assert card["checks"] == made.checks
     json.dumps(card)
+
+
+def test_a_file_for_openvino_says_so_and_is_checked_there(
+    items: Items, classifier: Model, job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    front = _front(classifier, tmp_path)
+    there = dataclasses.replace(front, candidates=(dataclasses.replace(front.student, runtime="openvino"),))
+    opened: list[int] = []
+    monkeypatch.setattr(runtime.OpenVino, "run", lambda *given, real=runtime.OpenVino.run: opened.append(1) or real(*given))
+    given = job("export")
+    made = export(items, classifier, there, Evidence(figures=(FIGURE,)), given)
+    (entry,) = onnx.load(made.onnx).metadata_props
+    known = json.loads(entry.value)
+    assert known["runtime"] == made.card["runtime"] == "openvino"
+    assert known["lineage"] == [*classifier.lineage, "delivered as float32 in OpenVINO"]
+    assert made.checks["equal_decisions"] == 1
+    assert made.checks["embedding_largest_difference"] < 1e-4
+    assert len(opened) == made.checks["items"], "every item, one by one"
+    assert given.notes[-1].endswith("equal decisions 1 in OpenVINO")
 
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import itertools
 import struct
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps
 
 from attar.containers import Unreadable
 from attar.errors import DataError
-from attar.modalities import MODALITIES, image
+from attar.modalities import MODALITIES, image, jpeg
 from attar.records import Items, Preprocess
 
 LIMIT = 10_000_000
@@ -324,6 +325,82 @@ def test_small_jpeg_and_lossless_are_decoded_in_full() -> None:
         expected = image.resize_crop(image.decode(data, max_pixels=LIMIT)[0], SMALL)
         same = np.array_equal(image.prepare(data, SMALL, max_pixels=LIMIT), expected)
         assert same
+
+
+def test_the_reduction_is_the_largest_that_leaves_enough() -> None:
+    assert doctest.testmod(jpeg).failed == 0
+    assert [jpeg.reduction_for(shrink) for shrink in (0.1, 1, 1.99, 2, 3.99, 4, 7.99, 8, float("inf"))] == [1, 1, 1, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(120, 90), (131, 77), (17, 16), (9, 33), (15, 15), (3, 2), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True}], ids=str)
+def test_jpegs_are_decoded_as_pillow_does(reduction: int, size: tuple[int, int], options: dict[str, object]) -> None:
+    for mode in ("RGB", "L"):
+        data = encode(photo(*size).convert(mode), "JPEG", **options)
+        expected = Image.open(io.BytesIO(data))
+        if min(size) >= reduction:
+            expected.draft(None, (size[0] // reduction, size[1] // reduction))
+        else:
+            expected = expected.reduce(reduction)
+        found = image.stored(data, reduction=reduction, max_pixels=LIMIT).pixels
+        assert found.shape == (-(-size[1] // reduction), -(-size[0] // reduction), 3)
+        assert np.abs(found.astype(int) - np.asarray(expected.convert("RGB"))).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in ("RGB", "RGBA", "P")),
+        *(("TIFF", mode) for mode in ("RGB", "RGBA", "CMYK")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+        *(("JPEG", mode) for mode in ("RGB", "CMYK")),
+        ("MPO", "RGB"),
+    ],
+)
+def test_what_is_not_scaled_in_decoding_is_reduced_by_means_of_boxes(kind: str, mode: str) -> None:
+    picture = photo(101, 62)
+    data = encode(picture.convert(mode), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    full, _ = image.decode(data, max_pixels=LIMIT)
+    found = image.stored(data, reduction=4, max_pixels=LIMIT).pixels
+    expected = np.asarray(full.reduce(4)).astype(int)
+    assert found.shape == expected.shape
+    difference = np.abs(found - expected)
+    assert difference.max() <= (40 if kind in ("JPEG", "MPO") else 0)
+    assert difference.mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 2, 5, 6, 8])
+def test_sizes_and_turns_are_told_apart_from_the_pixels(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(60, 40), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright, _ = image.decode(data, max_pixels=LIMIT)
+    assert image.upright_size(data, max_pixels=LIMIT) == (upright.height, upright.width)
+    found = image.stored(data, max_pixels=LIMIT)
+    turned = image._turn(Image.fromarray(found.pixels), found.orientation)
+    assert np.array_equal(np.asarray(turned), np.asarray(upright))
+
+
+@pytest.mark.parametrize("reduction", [1, 4])
+def test_damage_is_told_at_every_scale(reduction: int) -> None:
+    data = encode(photo(120, 90), "JPEG")
+    for cut in (data[: len(data) // 2], data[:-1], data[:40]):
+        with pytest.raises(Unreadable, match=r"truncated|damaged"):
+            image.stored(cut, reduction=reduction, max_pixels=LIMIT)
+    with pytest.raises(Unreadable, match="too large"):
+        image.stored(data, reduction=reduction, max_pixels=1000)
+    odd = data[: data.index(b"\xff\xda")] + b"\xff\xff\xff" + data[data.index(b"\xff\xda") :]  # fill bytes: no damage
+    assert image.stored(odd, reduction=reduction, max_pixels=LIMIT).pixels.shape == (-(-90 // reduction), -(-120 // reduction), 3)
+
+
+def test_damage_that_can_be_read_over_is() -> None:
+    data = bytearray(encode(photo(120, 90), "JPEG", restart_marker_blocks=4))
+    place = data.index(b"\xff\xd3", data.index(b"\xff\xda"))
+    data[place - 12 : place - 6] = b"\x00\x01\x02\x03\x04\x05"
+    assert image.decode(bytes(data), max_pixels=LIMIT)[0].size == (120, 90)
+    assert image.stored(bytes(data), reduction=2, max_pixels=LIMIT).pixels.shape == (45, 60, 3)
 
 
 # --- fingerprints and display ----------------------------------------------------------------------------------------

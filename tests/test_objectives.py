@@ -110,7 +110,9 @@ def test_distillation_is_its_formula() -> None:
     scale = float(((e - t) ** 2).mean() / (t**2).mean())
     direction = 1 - np.mean([_cosine(a, b) for a, b in zip(e.tolist(), t.tolist())])
     assert float(distillation((e, s), (t, c))) == pytest.approx(divergence + scale + direction, rel=1e-3)
-    assert float(distillation((e, s + 5), (t, c))) == pytest.approx(float(distillation((e, s), (t, c))), rel=1e-4)  # softmax does not see it
+    assert float(distillation((e, s + 5), (t, c))) == pytest.approx(
+        float(distillation((e, s), (t, c))), rel=1e-4
+    )  # softmax does not see it
     assert float(distillation((e, None), (t, c))) == pytest.approx(scale + direction, rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from attar import runtime
-from attar.errors import ModelError, UsageError
-from attar.inference import predict
+from attar.errors import MissingExtra, ModelError, UsageError
+from attar.inference import load, predict
 from attar.modalities.image import resize_crop
 from attar.records import Preprocess
 
@@ -154,6 +155,10 @@ def test_the_model_may_be_a_run_its_folder_or_a_file(tmp_path: Path) -> None:
             {"classes": []},
             "was made from tensors, so how to prepare images for it is unknown; give its input what the original module took",
         ),
+        (
+            KNOWN | {"runtime": "other"},
+            r"student\.onnx: is for the runtime 'other'; expected onnxruntime or openvino: a newer attar may know it",
+        ),
         ({"preprocess": {"size": [9, 9]}}, r"takes images of \(8, 8\) pixels but its metadata says \(9, 9\)"),
     ],
 )
@@ -173,3 +178,20 @@ def test_torch_stays_out(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path), str(image)], capture_output=True, text=True, check=True, env={"PYTHONPATH": home}
     )
     assert said.stdout.strip() == "blue []"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is not None, reason="OpenVINO is installed")
+def test_a_file_for_openvino_is_not_run_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(MissingExtra, match=r"student\.onnx, a file for OpenVINO, needs the package 'openvino'.*'attar\[openvino\]'"):
+        predict(student(tmp_path / "student.onnx", KNOWN | {"runtime": "openvino"}), [])
+
+
+def test_a_file_for_openvino_is_run_there(tmp_path: Path, folder: Path) -> None:
+    pytest.importorskip("openvino")
+    here = student(tmp_path / "here.onnx")
+    there = student(tmp_path / "there.onnx", KNOWN | {"runtime": "openvino"})
+    assert isinstance(load(there).session, runtime.OpenVino)
+    assert not isinstance(load(here).session, runtime.OpenVino)
+    ours, theirs = predict(here, [folder], quiet=True), predict(there, [folder], quiet=True)
+    assert [one["label"] for one in theirs] == [one["label"] for one in ours]
+    np.testing.assert_allclose([one["probability"] for one in theirs], [one["probability"] for one in ours], atol=1e-5)

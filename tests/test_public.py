@@ -26,7 +26,7 @@ def imported(text: str) -> set[str]:
 
 
 def test_public_names_are_these() -> None:
-    assert attar.__all__ == NAMES
+    assert attar.__all__ == ["Augment", *NAMES]
     public = {name for name, value in vars(attar).items() if not name.startswith("_") and inspect.isfunction(value)}
     assert public == set(NAMES)
 

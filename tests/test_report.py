@@ -156,6 +156,30 @@ def test_absent_things_leave_no_trace(whole: dict[str, Any]) -> None:
     assert "None was dropped as an outlier." in text
 
 
+def test_live_dials_are_shown_as_they_moved(whole: dict[str, Any]) -> None:
+    def curve(stage: float) -> tuple[dict[str, float], ...]:
+        rows = [
+            {"step": float(step), "loss": 2.0, "validation_loss": 3.0, "effective_rank": 4.0, "gap": 0.1, "retrieval": 0.7}
+            | {"strength": stage, "frequency": 0.5, "strength[blur]": stage, "frequency[blur]": 0.25 + step / 100}
+            for step in range(0, 50, 10)
+        ]
+        ends = {f"{dial}[blur, cluster {number}]": stage for dial in ("strength", "frequency") for number in (0, 1)}
+        return (*rows[:-1], rows[-1] | ends)
+
+    vectors = dataclasses.replace(whole["vectors"], signals=curve(0.75))
+    first = Reader(report(**whole | {"vectors": vectors}).html)
+    assert "How the dials moved in training" in first.of("h3")
+    assert first.of("td").count("0.75, 75 %") == 2
+    captions = first.of("figcaption")
+    assert "blur" in captions
+    assert not {"strength", "frequency", "strength, blur"} & set(captions), "dials are drawn once, in their own place"
+    assert {"gap", "retrieval"} <= set(captions)
+    model = dataclasses.replace(whole["model"], signals=curve(0.25))
+    later = Reader(report(**whole | {"vectors": vectors, "model": model}).html)
+    assert later.of("td").count("0.25, 25 %") == 2, "the stage that came later"
+    assert "How the dials moved in training" not in Reader(report(**whole).html).of("h3")
+
+
 def test_many_clusters_fold(whole: dict[str, Any], tmp_path: Path) -> None:
     clusters = whole["clusters"]
     numbers = np.arange(COUNT, dtype=np.int32) % 30

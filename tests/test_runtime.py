@@ -1,21 +1,36 @@
-"""The ONNX Runtime helpers and the measuring process, on small real files."""
+"""The runtimes and the measuring processes, on small real files; what needs OpenVINO is skipped where it is not installed."""
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import Residual, images
 from onnx import TensorProto, helper, numpy_helper
 
-from attar import runtime
-from attar.errors import ModelError
-from attar.records import Preprocess
+from attar import formats, runtime
+from attar.config import Compress, build_config
+from attar.errors import MissingExtra, ModelError, UsageError
+from attar.models import sources
+from attar.records import SPLITS, Head, Model, Preprocess
+from attar.stages.compress import bench as benches
+from attar.stages.compress.bench import Bench, quicker, row
+from attar.stages.compress.feed import TensorFeed
+from attar.workspace import Job
 
 PLAIN = Preprocess(size=(8, 8), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
@@ -165,3 +180,201 @@ def test_the_measuring_process_is_light() -> None:
     home = str(Path(runtime.__file__).parents[1])
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": home})
     assert said.stdout.strip() == "[]"
+
+
+def test_a_process_that_ended_says_so(model: Path) -> None:
+    with runtime._Clock({"a": model}, runtime.DEFAULT, 1, 0) as clock:
+        assert list(clock.round()) == ["a"]
+        clock._process.kill()
+        clock._process.wait()
+        with pytest.raises(ModelError, match=r"^measuring latency failed: the process ended with code -9 and said nothing$"):
+            clock.round()
+
+
+@pytest.mark.parametrize("module", [runtime, benches])
+def test_examples_in_the_docstrings_hold(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+# which runtime
+
+
+def test_the_setting_names_a_runtime() -> None:
+    assert build_config({"data": "x"}).compress.runtime == runtime.DEFAULT
+    assert {build_config({"data": "x", "runtime": name}).compress.runtime for name in (*runtime.NAMES, "auto")} == {*runtime.NAMES, "auto"}
+    with pytest.raises(UsageError, match=r"^runtime: 'tensorrt'; expected onnxruntime, openvino or auto$"):
+        build_config({"data": "x", "runtime": "tensorrt"})
+
+
+shares = st.dictionaries(
+    st.sampled_from(["onnxruntime", "openvino", "other"]), st.integers(0, 10).map(lambda tenths: tenths / 10), min_size=1
+)
+
+
+@given(shares, st.lists(st.integers(1, 5), min_size=3, max_size=3))
+def test_the_quicker_runtime_never_costs_agreement(agreement: dict[str, float], times: list[int]) -> None:
+    latency = dict(zip(agreement, map(float, times)))
+    chosen, first = quicker(agreement, latency), next(iter(agreement))
+    assert agreement[chosen] >= agreement[first]
+    assert latency[chosen] < latency[first] or chosen == first, "the first one unless it is beaten"
+    assert all(latency[chosen] <= latency[one] for one in agreement if agreement[one] >= agreement[first])
+
+
+def made(count: int, job: Job) -> tuple[TensorFeed, Model]:
+    """A feed of images in three splits and a small residual classifier."""
+    torch.manual_seed(0)
+    tensors = images(count)
+    model = sources.resolve_module(sources.hold(Residual()), tensors[:2], "auto", job)
+    centroids = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    head = Head(mean=np.zeros(16, np.float32), projection=np.eye(16, dtype=np.float32), centroids=centroids, temperature=0.1)
+    split = np.array([SPLITS[number % 3] for number in range(count)])
+    return TensorFeed(tensors, split, np.zeros(count, np.int32), job), replace(model, head=head)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is not None, reason="OpenVINO is installed")
+def test_a_runtime_that_is_not_installed_names_its_extra(model: Path, job: Callable[..., Job]) -> None:
+    needs = r"needs the package 'openvino', which is not installed\. Install it with: pip install 'attar\[openvino\]'$"
+    with pytest.raises(MissingExtra, match=r"small\.onnx, a file for OpenVINO, " + needs):
+        runtime.open_session(model, runtime="openvino")
+    with pytest.raises(MissingExtra, match=r"^runtime 'openvino' " + needs):
+        runtime.measure_latency({"a": model}, runtimes={"a": "openvino"})
+    given = job()
+    feed, original = made(30, given)
+    with pytest.raises(MissingExtra, match=r"^runtime 'auto' " + needs):
+        Bench(feed, original, Compress(runtime="auto"), given)
+    assert not (given.folder / "original").exists(), "told before anything is built"
+
+
+# OpenVINO
+
+
+@pytest.fixture
+def openvino() -> None:
+    pytest.importorskip("openvino")
+
+
+def both(path: Path) -> list[runtime.Session]:
+    return [runtime.open_session(path, runtime=name) for name in runtime.NAMES]
+
+
+@pytest.mark.usefixtures("openvino")
+def test_float_files_compute_the_same_in_both(model: Path) -> None:
+    """To float32's precision: bfloat16, which OpenVINO takes by itself where it can, errs in the third digit."""
+    batch = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
+    ours, theirs = (runtime.outputs(session, batch) for session in both(model))
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert theirs[name].dtype == value.dtype
+        np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("openvino")
+def test_sessions_describe_a_file_alike(model: Path, tmp_path: Path) -> None:
+    fixed = onnx.load(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(fixed, tmp_path / "fixed.onnx")
+    for path, items in ((model, 1), (tmp_path / "fixed.onnx", 4)):
+        ours, theirs = both(path)
+        assert theirs.get_inputs() == [runtime.Port("image", "tensor(float)", [items, 3, 8, 8])]
+        assert [port.name for port in theirs.get_outputs()] == [port.name for port in ours.get_outputs()]
+        assert runtime.input_size(theirs) == (8, 8)
+        assert runtime.noise(theirs, 3).shape == (items, 3, 8, 8)
+        batch = np.random.default_rng(0).normal(size=(6, 3, 8, 8))
+        for name, value in runtime.outputs(ours, batch).items():
+            np.testing.assert_allclose(runtime.outputs(theirs, batch)[name], value, rtol=1e-4, atol=1e-5)
+    (free,) = runtime.open_session(small_model(tmp_path / "free.onnx", side="side"), runtime="openvino").get_inputs()
+    assert free == ("image", "tensor(float)", [1, 3, "?", "?"])
+
+
+@pytest.mark.usefixtures("openvino")
+def test_answers_of_one_call_outlive_the_next(model: Path) -> None:
+    session = runtime.open_session(model, runtime="openvino")
+    first = runtime.outputs(session, np.ones((1, 3, 8, 8), np.float32))["embedding"]
+    kept = first.copy()
+    runtime.outputs(session, np.zeros((1, 3, 8, 8), np.float32))
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.usefixtures("openvino")
+def test_what_openvino_refuses_is_explained(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(
+        ModelError, match=r"broken\.onnx: OpenVINO 20\S+ cannot load it \(Unable to read the model.*\); use the runtime onnxruntime"
+    ):
+        runtime.open_session(broken, runtime="openvino")
+    with pytest.raises(ModelError, match=r"refuses a batch of shape \(1, 3, 9, 9\) \(.*\bare incompatible"):
+        runtime.outputs(runtime.open_session(model, runtime="openvino"), np.zeros((1, 3, 9, 9), np.float32))
+    with pytest.raises(ModelError, match=r"^measuring latency failed: .*broken\.onnx: OpenVINO .* cannot load it"):
+        runtime.measure_latency({"a": model, "b": broken}, runtimes={"b": "openvino"})
+
+
+@pytest.mark.usefixtures("openvino")
+def test_each_runtime_is_timed_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    start = subprocess.Popen
+
+    def spy(command: list[str], **options: Any) -> Any:
+        started.append(json.loads(command[-1]))
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    heavy = small_model(tmp_path / "heavy.onnx", side=16, work=30)
+    files = {"light": small_model(tmp_path / "light.onnx", side=16), "there": heavy, "here": heavy}
+    found = runtime.measure_latency(files, runtimes={"there": "openvino"}, rounds=4)
+    assert [(one["runtime"], list(one["files"])) for one in started] == [("onnxruntime", ["light", "here"]), ("openvino", ["there"])]
+    assert list(found) == list(files)
+    assert all(values.shape == (4,) and np.all(values > 0) for values in found.values())
+    assert all(np.median(found[name] / found["light"]) > 2 for name in ("there", "here"))  # 30 products for one
+
+
+@pytest.mark.usefixtures("openvino")
+def test_a_candidate_keeps_the_runtime_it_is_for(job: Callable[..., Job], capsys: pytest.CaptureFixture[str]) -> None:
+    given = job(quiet=False)
+    feed, model = made(60, given)
+    bench = Bench(feed, model, Compress(runtime="openvino", calibration_items=8), given)
+    small = bench.candidate("whole-int8", lambda: model, "int8")
+    assert (bench.original.runtime, small.runtime) == (runtime.DEFAULT, "openvino")
+    batch = np.concatenate([part.numpy() for part in feed.validation()])
+    files = ((bench.original.onnx, runtime.DEFAULT), (small.onnx, "openvino"))
+    expected, found = (runtime.outputs(runtime.open_session(path, runtime=name), batch)["logits"].argmax(1) for path, name in files)
+    assert small.figures["agreement"] == (found == expected).mean()
+    assert small.figures["latency_ratio"] > 0
+    again = formats.load_candidate(given.folder / "whole-int8")
+    assert (again.runtime, again.figures) == ("openvino", small.figures)
+    assert row(small).endswith(" in OpenVINO")
+    assert row(small) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("openvino")
+@pytest.mark.parametrize(("asked", "chosen"), [("openvino", "openvino"), ("auto", runtime.DEFAULT)])
+def test_a_file_that_errs_in_one_runtime_is_judged_there(
+    asked: str, chosen: str, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = runtime.OpenVino.run
+    monkeypatch.setattr(runtime.OpenVino, "run", lambda *call: [-value for value in real(*call)])
+    given = job()
+    feed, model = made(30, given)
+    wrong = Bench(feed, model, Compress(runtime=asked), given).candidate("whole-float32", lambda: model, "float32")
+    assert wrong.runtime == chosen
+    assert wrong.figures["agreement"] == (chosen == runtime.DEFAULT), "none where the largest logit is taken for the smallest"
+
+
+@pytest.mark.usefixtures("openvino")
+def test_where_there_is_a_choice_a_file_openvino_cannot_run_stays(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = job()
+    feed, model = made(30, given)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Exception from core.cpp:1:\nno such operator")
+
+    bench = Bench(feed, model, Compress(runtime="auto"), given)
+    monkeypatch.setattr(runtime, "OpenVino", refuse)
+    assert bench.candidate("whole-float32", lambda: model, "float32").runtime == runtime.DEFAULT
+    assert any(
+        note.startswith("whole-float32 stays in ONNX Runtime: the file: OpenVINO") and "(no such operator)" in note for note in given.notes
+    )
+    alone = Bench(feed, model, Compress(runtime="openvino"), given)
+    with pytest.raises(ModelError, match=r"OpenVINO .* cannot load it \(no such operator\); use the runtime onnxruntime"):
+        alone.candidate("whole-float16", lambda: model, "float16")

@@ -8,7 +8,8 @@ from beartype import beartype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
+from scipy.stats import t as student
 from sklearn import metrics
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
@@ -228,3 +229,77 @@ def test_shapes_are_those_the_signatures_name() -> None:
     assert checked["knn_overlap"](x, x[:, :2], 3).shape == (12,)
     with pytest.raises(TypeCheckError):
         checked["cosine"](x, x[:, :2])
+
+
+@given(st.integers(0, 200), st.integers(2, 12))
+def test_paired_differences_are_scipys_paired_test(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(0.3, 1, n), rng.normal(0, 1, n)
+    found, expected = stats.paired(a, b), ttest_rel(a, b)
+    interval = expected.confidence_interval(0.95)
+    assert found == pytest.approx((float((a - b).mean()), interval.low, interval.high, expected.pvalue), abs=1e-9)
+    swapped = stats.paired(b, a)
+    assert swapped == pytest.approx((-found.difference, -found.high, -found.low, found.p), abs=1e-9)
+    shared = rng.normal(0, 50, n)  # what both have in common does not matter
+    assert stats.paired(a + shared, b + shared) == pytest.approx(found, abs=1e-6)
+
+
+def test_pairs_without_spread() -> None:
+    a = np.array([1.0, 2.0, 5.0])
+    assert stats.paired(a, a) == (0.0, 0.0, 0.0, 1.0)
+    assert stats.paired(a + 1, a) == (1.0, 1.0, 1.0, 0.0)
+
+
+def test_one_pair_says_nothing() -> None:
+    with pytest.raises(ValueError, match="1 pair; expected at least two"):
+        stats.paired(np.array([1.0]), np.array([2.0]))
+    with pytest.raises(ValueError, match="2 and 3 rows"):
+        stats.paired(np.zeros(2), np.zeros(3))
+
+
+@given(st.integers(0, 200), st.integers(2, 6), st.integers(2, 6))
+def test_blocks_pool_the_error_as_an_analysis_of_variance_does(seed: int, k: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(k, n)) + 10 * rng.normal(size=n)
+    rows, freedom = [], (k - 1) * (n - 1)
+    for candidate in range(k):  # the residuals one by one
+        for block in range(n):
+            fitted = values[candidate].mean() + values[:, block].mean() - values.mean()
+            rows.append((values[candidate, block] - fitted) ** 2)
+    error = np.sqrt(2 * sum(rows) / freedom / n)
+    for candidate, found in enumerate(stats.blocked(values, 0)):
+        mean = values[candidate].mean() - values[0].mean()
+        expected = 2 * student.sf(abs(mean) / error, freedom)
+        assert found.difference == pytest.approx(mean)
+        assert found.p == pytest.approx(expected, abs=1e-9)
+        assert found.high - found.low == pytest.approx(2 * error * student.ppf(0.975, freedom))
+    if k == 2:
+        assert stats.blocked(values, 0)[1] == pytest.approx(stats.paired(values[1], values[0]))
+
+
+def test_blocks_need_two_of_each() -> None:
+    with pytest.raises(ValueError, match="1 candidates in 3 blocks; expected at least two of each"):
+        stats.blocked(np.zeros((1, 3)), 0)
+    assert [row.p for row in stats.blocked(np.array([[1.0, 2.0], [1.0, 2.0]]), 0)] == [1.0, 1.0]
+
+
+def _holm_slow(p: list[float]) -> list[float]:
+    """Step down by hand: each rank in turn, its factor, and never under the one before."""
+    adjusted, last = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda place: p[place])):
+        last = max(last, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = last
+    return adjusted
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_is_the_step_down_procedure(p: list[float]) -> None:
+    adjusted = stats.holm(np.array(p))
+    assert adjusted == pytest.approx(_holm_slow(p))
+    assert (adjusted >= np.array(p)).all()
+    assert (adjusted <= np.minimum(1, len(p) * np.array(p)) + 1e-12).all(), "never stricter than Bonferroni"
+
+
+def test_holm_refuses_what_is_no_probability() -> None:
+    with pytest.raises(ValueError, match=r"p-values \[0.5, 1.5\]; expected 0 to 1"):
+        stats.holm(np.array([0.5, 1.5]))

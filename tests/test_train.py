@@ -185,7 +185,7 @@ def test_contrastive_training_raises_retrieval_and_is_the_same_twice(items: Item
     settings, ids = Embed(batch_size=16), items.ids("train")
     network = _encoder()
     before = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
-    curve = train.contrastive(network, items, ids, PREPROCESS, POLICY, None, 60, settings, job("train"))
+    curve = train.contrastive(network, items, ids, PREPROCESS, POLICY, None, 120, settings, job("train"))
     after = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
     assert after > before
     assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
@@ -195,6 +195,57 @@ def test_contrastive_training_raises_retrieval_and_is_the_same_twice(items: Item
     for net, name in ((one, "one"), (two, "two")):
         train.contrastive(net, items, ids, PREPROCESS, POLICY, None, 4, settings, _job(job, name))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+@pytest.mark.parametrize("stop", [3, 17, 29])
+def test_live_dials_are_resumed_with_the_weights(stop: int, items: Items, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between any two steps: weights, dials, curve and everything drawn after it are the same bits."""
+    policy = Policy(families=DEFAULTS, clusters=(DEFAULTS, DEFAULTS, DEFAULTS))
+    settings, ids, clusters = Embed(batch_size=16), items.ids("train"), np.arange(len(items)) // 20
+
+    def fit(name: str) -> tuple[dict[str, Tensor], tuple[dict[str, float], ...]]:
+        network = _encoder()
+        curve = train.contrastive(network, items, ids, PREPROCESS, policy, clusters, 30, settings, _job(job, name))
+        return network.state_dict(), curve
+
+    whole, curve = fit("whole")
+    moved = {key: value for key, value in curve[-1].items() if key.startswith(("strength[", "frequency["))}
+    assert any(value != curve[0][key] for key, value in moved.items() if key in curve[0]), "this training moves no dial"
+    assert {"strength[geometry, cluster 0]", "frequency[colour, cluster 2]"} <= moved.keys()
+    streamer = train._streamer
+
+    def broken(*given: object) -> Callable[[range], Iterator[tuple[int, np.ndarray, np.ndarray]]]:
+        def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+            for step, batch, images in streamer(*given)(wanted):  # type: ignore[arg-type]
+                if step == stop:
+                    raise Stopped
+                yield step, batch, images
+
+        return stream
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(train, "_streamer", broken)
+    with pytest.raises(Stopped):
+        fit("broken")
+    monkeypatch.setattr(train, "_streamer", streamer)
+    assert _job(job, "broken").recall("contrastive-training.pt")["step"] == stop
+    resumed, again = fit("broken")
+    assert again == curve
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_pinned_dials_leave_the_policy_alone(items: Items, job: Make) -> None:
+    pinned = tuple({"pinned": name, "value": 0.5} for name in ("strength", "frequency"))
+    settings, ids = Embed(batch_size=16), items.ids("train")
+    curves = [
+        train.contrastive(
+            _encoder(), items, ids, PREPROCESS, Policy(families=DEFAULTS, evidence=evidence), None, 10, settings, _job(job, str(place))
+        )
+        for place, evidence in enumerate((pinned, ()))
+    ]
+    assert set(curves[0][-1]) == {"step", "loss", "validation_loss", "effective_rank"}
+    assert set(curves[1][-1]) > {"strength", "frequency", "gap", "retrieval", "strength[geometry]", "frequency[colour]"}
+    assert curves[0][0]["validation_loss"] == curves[1][0]["validation_loss"], "held-out views are those of the policy as given"
 
 
 def _job(job: Make, name: str) -> Job:

@@ -5,6 +5,7 @@ run.sentence, run["cluster"], run["compress"]    # the result, and the record of
 attar.cluster(run.root, clusters=8)              # one stage again, with other settings
 attar.predict(run.root / "model", ["new.jpg"])   # the small model, without torch
 small = attar.compress(module, tensors, budget="macs<=0.5x", minutes=15)   # any torch module on its own inputs, without a run
+batch = attar.Augment("default", 224)(images)    # augmented views in any training script, without a run
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Augment",
     "augment",
     "cluster",
     "compress",
@@ -90,3 +92,12 @@ def init(path: str | Path = "attar.toml") -> Path:
     from attar.config import write_template
 
     return write_template(Path(path))
+
+
+def __getattr__(name: str) -> Any:
+    """Augment, a class: imported when it is asked for, since it needs torch."""
+    if name == "Augment":
+        from attar.stages.augment.engine import Augment
+
+        return Augment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,12 +41,25 @@ EXAMPLES = {
 
 without RUN, the model alone is wanted: a run folder (--out, by default attar-runs/NAME) is taken to the small model, its card and
 its certificate. Exit code 3: the budget was not met, the best found is saved.""",
+    "augment": """examples:
+  attar augment attar-runs/photos                            goes on from what is done there; flags change its settings
+  attar augment search attar-runs/photos                     ranks policies instead: see attar augment search --help""",
+    "augment search": """examples:
+  attar augment search attar-runs/photos --minutes 20
+  attar augment search attar-runs/photos --data photos/      a run folder that does not exist yet
+  attar run photos/ --policy attar-runs/photos/search/policy.json
+
+The run folder follows the word search: `attar augment search` alone is the stage augment of a run folder of that name.""",
     "init": "example:\n  attar init && attar run photos/        settings in ./attar.toml are picked up",
     "status": "example:\n  attar status attar-runs/photos",
     "predict": "example:\n  attar predict attar-runs/photos/model new/*.jpg --json",
 }
-LAST_SECTION = {"scan": "data", "augment": "curate", "export": "evaluate", "report": "evaluate"}
+LAST_SECTION = {"scan": "data", "augment": "generate", "export": "evaluate", "report": "evaluate"}
 """The last section of the settings a stage depends on, where it has another name than the stage."""
+SEARCHED = ("setup", "data", "search")
+"""The sections of the settings a search depends on."""
+SHORTER = {"search_minutes": ("--minutes",)}
+"""Other names of a flag, where no other setting of the verb has them."""
 INTERRUPTED = 130
 
 
@@ -54,20 +67,25 @@ def _example(stage: str) -> str:
     return f"example:\n  attar {stage} attar-runs/photos        goes on from what is done there; flags change its settings"
 
 
-def _add_settings(parser: argparse.ArgumentParser, skip: str, last: str = "evaluate") -> None:
-    """A flag for every setting that matters up to the section `last`; absent flags stay absent, so that files and defaults apply."""
-    groups: dict[str, Any] = {}
+def _up_to(last: str) -> list[str]:
+    """The sections of the settings up to one."""
     sections = list(dict.fromkeys(option.section for option in options().values()))
+    return sections[: sections.index(last) + 1]
+
+
+def _add_settings(parser: argparse.ArgumentParser, skip: str, sections: Sequence[str]) -> None:
+    """A flag for every setting of some sections; absent flags stay absent, so that files and defaults apply."""
+    groups: dict[str, Any] = {}
     for option in options().values():
-        if option.name == skip or sections.index(option.section) > sections.index(last):
+        if option.name == skip or option.section not in sections:
             continue
         if option.section not in groups:
             groups[option.section] = parser.add_argument_group(f"[{option.section}]")
         shown = "" if option.default in (None, "") else f" (default: {option.default})"
-        flag, text = f"--{option.name.replace('_', '-')}", option.text.replace("%", "%%") + shown
+        flags, text = [f"--{option.name.replace('_', '-')}", *SHORTER.get(option.name, ())], option.text.replace("%", "%%") + shown
         extra = {"nargs": "+"} if _is_tuple(option) else {}
         groups[option.section].add_argument(
-            flag, dest=option.name, default=argparse.SUPPRESS, help=text, metavar=option.name.upper(), **extra
+            *flags, dest=option.name, default=argparse.SUPPRESS, help=text, metavar=option.name.upper(), **extra
         )
     parser.add_argument("--config", metavar="FILE", help="settings file (default: ./attar.toml where there is one; attar init writes it)")
 
@@ -91,12 +109,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = add("run", "everything, from a folder of items to a small model and its report", EXAMPLES["run"])
     run.add_argument("data", nargs="?", default=argparse.SUPPRESS, metavar="DATA", help=options()["data"].text)
-    _add_settings(run, skip="data")
+    _add_settings(run, skip="data", sections=_up_to("evaluate"))
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     for stage, text in STAGES.items():
         made, alone = add(stage, text, EXAMPLES.get(stage) or _example(stage)), stage == "compress"
         made.add_argument("run", nargs="?" if alone else None, metavar="RUN", help="run folder; a new one needs --data")
-        _add_settings(made, skip="" if alone else "out", last=LAST_SECTION.get(stage, stage))
+        _add_settings(made, skip="" if alone else "out", sections=_up_to(LAST_SECTION.get(stage, stage)))
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
     predict = add("predict", "cluster and class of images, by the small model", EXAMPLES["predict"])
@@ -106,6 +124,31 @@ def make_parser() -> argparse.ArgumentParser:
     init = add("init", "write a commented attar.toml with every setting", EXAMPLES["init"])
     init.add_argument("path", nargs="?", default="attar.toml", help="file to write; an existing one is never touched")
     return parser
+
+
+def make_search_parser() -> argparse.ArgumentParser:
+    """The command line of `attar augment search RUN`, which is no verb of its own: `attar augment search` stays the stage of that folder."""
+    verb, text = "augment search", "rank augmentation policies on the data, without labels"
+    parser = argparse.ArgumentParser(
+        prog=f"attar {verb}",
+        description=f"attar {verb}: {text}.",
+        epilog=EXAMPLES[verb],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=verb)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("run", metavar="RUN", help="run folder; a new one needs --data")
+    _add_settings(parser, skip="out", sections=SEARCHED)
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command; two words after `augment`, the first of them `search`, are a search in the second."""
+    searches = list(words[:2]) == ["augment", "search"] and len(words) > 2
+    if searches and (words[2] in ("-h", "--help") or not words[2].startswith("-")):
+        return make_search_parser().parse_args(words[2:])
+    return make_parser().parse_args(words)
 
 
 def _settings(given: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
@@ -158,7 +201,8 @@ def _compress(given: argparse.Namespace) -> None:
     said, certificate, model = sentence(front, evidence, bool(front.original.model.classes)), evidence.certificate, run.root / "model"
     body: dict[str, Any] = {"run": str(run.root), "model": str(model), "result": said, "budget_met": missed is None, "reason": front.reason}
     body |= {"certificate": str(certificate), "per_cluster": certificate.per_cluster, "chosen": front.chosen}
-    body |= {"candidates": [{"name": one.name, "precision": one.precision, **one.figures} for one in front.candidates]}
+    made = [{"name": one.name, "precision": one.precision, "runtime": one.runtime, **one.figures} for one in front.candidates]
+    body |= {"candidates": made}
     _print(body, given.json, f"{said}\nCertificate: {certificate}\nModel: {model / 'student.onnx'}")
     if missed:
         raise missed
@@ -177,6 +221,20 @@ def _stage(given: argparse.Namespace) -> None:
     _print(row, given.json, "\n".join([f"{given.verb}: {row['state']}, {row['seconds']} s", *row["notes"]]))
     if missed:
         raise missed
+
+
+def _search(given: argparse.Namespace) -> None:
+    flags, file = _settings(given)
+    budgets = ("search_steps", "search_minutes")
+    if sum(name in flags for name in budgets) == 1:  # takes the place of the other one of an earlier command
+        flags = dict.fromkeys(budgets) | flags
+    from attar.pipeline import continue_config
+    from attar.stages.augment.search import search_config
+
+    found = search_config(continue_config(given.run, flags, file), quiet=given.quiet)
+    policy = Path(given.run) / "search" / "policy.json"
+    body = {"policy": str(policy), "verdict": found.verdict, "families": found.policy.families, "table": found.rows}
+    _print(body, given.json, f"{found.table()}\n{found.verdict}\nPolicy: {policy}")
 
 
 def _status(given: argparse.Namespace) -> None:
@@ -203,8 +261,8 @@ def _init(given: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad usage, 3 budget not reached, 130 interrupted."""
-    given = make_parser().parse_args(arguments)
-    verbs = {"run": _run, "compress": _compress, "status": _status, "predict": _predict, "init": _init}
+    given = _parse(sys.argv[1:] if arguments is None else arguments)
+    verbs = {"run": _run, "compress": _compress, "augment search": _search, "status": _status, "predict": _predict, "init": _init}
     try:
         verbs.get(given.verb, _stage)(given)
         sys.stdout.flush()

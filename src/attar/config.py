@@ -84,6 +84,8 @@ class ModelChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
+    policy: str = ""
+    """The policy to take instead of finding strengths per cluster: the name of a known one ("none", "default", "light", "strong", "simclr", "trivial") or a policy file; `attar augment search` writes one."""
     strength: float | None = None
     """Pins the strength of every family of transforms, 0 (none) to 1 (full range); by default found per cluster without labels."""
     frequency: float | None = None
@@ -93,6 +95,35 @@ class Augment:
         for name in ("strength", "frequency"):
             if not _between(getattr(self, name), 0, 1):
                 yield f"{name}: {getattr(self, name)}; expected 0 to 1"
+        if self.policy:
+            from attar.stages.augment.catalogue import as_policy  # numpy: not for printing help
+
+            try:
+                as_policy(self.policy)
+            except UsageError as error:
+                yield f"policy: {error}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    generate_minutes: float | None = None
+    """Time for a small generative network (GAN) on the kept training items and the check whether its samples help a student; by default there is none. The step counts that fit are fixed once, from a measured pace."""
+    generate_steps: int | None = None
+    """Training steps of the generative network; overrides what `generate_minutes` would give."""
+    generate_side: int | None = None
+    """Side of the generated images in pixels: 32, 64 or 128; by default what the items and the encoder's input ask for."""
+    generate_count: int = 500
+    """Accepted samples wanted; at most four times as many are drawn."""
+
+    def faults(self) -> Iterable[str]:
+        if self.generate_minutes is not None and self.generate_minutes <= 0:
+            yield f"generate_minutes: {self.generate_minutes}; expected above 0"
+        if not _between(self.generate_steps, 1, 10**9):
+            yield f"generate_steps: {self.generate_steps}; expected at least 1"
+        if self.generate_side not in (None, 32, 64, 128):
+            yield f"generate_side: {self.generate_side}; expected 32, 64 or 128"
+        if not _between(self.generate_count, 1, 10_000):
+            yield f"generate_count: {self.generate_count}; expected 1 to 10000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +214,8 @@ class Compress:
     """Training items that repair and quantisation look at."""
     threads: int = 1
     """Threads for measuring latency (batch 1)."""
+    runtime: str = "onnxruntime"
+    """What runs the small model: "onnxruntime", "openvino" (needs the extra attar[openvino]), or "auto", for each candidate the faster of the two as measured here, if the candidate agrees no less in it. A candidate is judged in the runtime it is for. The original always runs in ONNX Runtime."""
 
     def faults(self) -> Iterable[str]:
         try:
@@ -198,6 +231,8 @@ class Compress:
                 yield f"{name}: {getattr(self, name)}; expected at least {low}"
         if not (1 <= self.threads <= 256):
             yield f"threads: {self.threads}; expected 1 to 256"
+        if self.runtime not in ("onnxruntime", "openvino", "auto"):
+            yield f"runtime: {self.runtime!r}; expected onnxruntime, openvino or auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +245,20 @@ class Evaluate:
     def faults(self) -> Iterable[str]:
         if self.neighbours < 1:
             yield f"neighbours: {self.neighbours}; expected at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    search_steps: int | None = None
+    """Training steps of a search for a policy, over all its encoders; overrides what `search_minutes` or the default, 150 for each, would give."""
+    search_minutes: float | None = None
+    """Time for a search; the steps that fit are fixed once, from a measured pace, and kept in the run folder."""
+
+    def faults(self) -> Iterable[str]:
+        if not _between(self.search_steps, 1, 10**9):
+            yield f"search_steps: {self.search_steps}; expected at least 1"
+        if self.search_minutes is not None and self.search_minutes <= 0:
+            yield f"search_minutes: {self.search_minutes}; expected above 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +288,11 @@ class Config:
     embed: Embed = field(default_factory=Embed)
     cluster: Cluster = field(default_factory=Cluster)
     curate: Curate = field(default_factory=Curate)
+    generate: Generate = field(default_factory=Generate)
     train: Train = field(default_factory=Train)
     compress: Compress = field(default_factory=Compress)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    search: Search = field(default_factory=Search)
 
     @property
     def out(self) -> Path:

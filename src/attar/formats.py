@@ -141,13 +141,19 @@ def _load_selection(folder: Path) -> r.Selection:
 
 
 def _save_policy(folder: Path, policy: r.Policy) -> None:
-    write_json(folder / "policy.json", dataclasses.asdict(policy))
+    body = dataclasses.asdict(policy)
+    del body["generated"]  # the folder beside it
+    write_json(folder / "policy.json", body)
+    if policy.generated is not None:
+        shutil.copytree(policy.generated, folder / "generated")
 
 
 def _load_policy(folder: Path) -> r.Policy:
     body = read_json(folder / "policy.json")
     dials = [{name: r.Dial(*dial) for name, dial in families.items()} for families in (body.pop("families"), *body.pop("clusters"))]
-    return r.Policy(families=dials[0], clusters=tuple(dials[1:]), evidence=tuple(body.pop("evidence")), **body)
+    made = folder / "generated"
+    body |= {"evidence": tuple(body["evidence"]), "generated": made if (made / "samples.parquet").is_file() else None}
+    return r.Policy(families=dials[0], clusters=tuple(dials[1:]), **body)
 
 
 def _save_original(folder: Path, model: r.Model) -> None:
@@ -160,7 +166,8 @@ def save_candidate(folder: Path, candidate: r.Candidate) -> None:
     folder.mkdir(parents=True)
     shutil.copyfile(candidate.onnx, folder / "model.onnx")
     save_model(folder, candidate.model, "weights")
-    write_json(folder / "candidate.json", {"name": candidate.name, "precision": candidate.precision, "figures": candidate.figures})
+    body = {key: getattr(candidate, key) for key in ("name", "precision", "runtime", "figures")}
+    write_json(folder / "candidate.json", body)
 
 
 def load_candidate(folder: Path) -> r.Candidate:

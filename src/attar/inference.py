@@ -1,4 +1,4 @@
-"""predict: cluster, and class where there are classes, of any image files, with the delivered ONNX file and ONNX Runtime alone."""
+"""predict: cluster, and class where there are classes, of any image files, with the delivered ONNX file and the runtime it is for alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from tqdm import tqdm
 
 from attar.data import Reader, Unreadable, listing
 from attar.errors import DataError, ModelError, UsageError
 from attar.modalities.image import SUFFIXES, prepare
 from attar.records import Preprocess
-from attar.runtime import input_size, normalise, open_session, outputs
+from attar.runtime import DEFAULT, NAMES, Session, input_size, normalise, open_session, outputs
 
 BATCH = 32
 MAX_PIXELS = 100_000_000  # as scan's default: the guard against decompression bombs
@@ -30,7 +29,7 @@ MAX_PIXELS = 100_000_000  # as scan's default: the guard against decompression b
 class Shipped(NamedTuple):
     """A delivered file, ready to run."""
 
-    session: ort.InferenceSession
+    session: Session
     preprocess: Preprocess
     classes: tuple[str, ...]
     cluster_names: tuple[str, ...]
@@ -79,8 +78,11 @@ def find_model(model: str | Path) -> Path:
 
 
 def load(path: Path, threads: int = 1) -> Shipped:
-    """A delivered file with the preprocessing and names its metadata carries; raises ModelError when it carries none."""
-    session = open_session(path, threads)
+    """A delivered file, in the runtime it was judged in, with the preprocessing and names its metadata carries.
+
+    Raises ModelError when it carries none, MissingExtra when that runtime is not installed.
+    """
+    session: Any = open_session(path, threads)
     text = session.get_modelmeta().custom_metadata_map.get("attar")
     if text is None:
         raise ModelError(
@@ -94,15 +96,18 @@ def load(path: Path, threads: int = 1) -> Shipped:
             )
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in body["preprocess"].items()}
         preprocess = Preprocess(**fields)
-        shipped = Shipped(session, preprocess, tuple(body.get("classes") or ()), tuple(body.get("cluster_names") or ()))
+        place = str(body.get("runtime", DEFAULT))
+        classes, cluster_names = (tuple(body.get(key) or ()) for key in ("classes", "cluster_names"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{path}: its attar metadata cannot be understood ({type(error).__name__}: {error}); export the run again"
         ) from None
-    if input_size(session) != shipped.preprocess.size:
-        taken, said = input_size(session), shipped.preprocess.size
+    if input_size(session) != preprocess.size:
+        taken, said = input_size(session), preprocess.size
         raise ModelError(f"{path}: takes images of {taken} pixels but its metadata says {said}; export the run again")
-    return shipped
+    if place not in NAMES:
+        raise ModelError(f"{path}: is for the runtime {place!r}; expected {' or '.join(NAMES)}: a newer attar may know it")
+    return Shipped(session if place == DEFAULT else open_session(path, threads, place), preprocess, classes, cluster_names)
 
 
 def _list(files: Sequence[str | Path], stack: contextlib.ExitStack) -> list[_Found]:

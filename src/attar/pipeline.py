@@ -15,11 +15,13 @@ from typing import Any
 
 from attar import labels as judging
 from attar import records as r
-from attar.config import Compress, Config, build_config, flatten, read_toml
+from attar import runtime
+from attar.config import Augment, Compress, Config, Generate, build_config, flatten, read_toml
 from attar.data import absolute
 from attar.errors import BudgetNotReached, UsageError, WorkspaceError
 from attar.formats import read_json
 from attar.models import sources
+from attar.stages.augment.generate import generated
 from attar.stages.augment.policy import augment
 from attar.stages.cluster import cluster
 from attar.stages.compress.feed import ItemFeed
@@ -32,6 +34,15 @@ from attar.stages.report.page import report
 from attar.stages.scan import fingerprint, scan
 from attar.stages.train import train
 from attar.workspace import Job, Stage, Workspace
+
+
+def _augment(
+    items: r.Items, vectors: r.Vectors, clusters: r.Clusters, selection: r.Selection, settings: Augment, asked: Generate, job: Job
+) -> r.Policy:
+    """The policy, and where they are asked for, generated items with what they are worth."""
+    policy = augment(items, vectors, clusters, selection, settings, job)
+    made = generated(items, vectors, clusters, selection, policy, asked, job)
+    return policy if made is None else dataclasses.replace(policy, evidence=(*policy.evidence, *made.evidence), generated=made.folder)
 
 
 def _compress(
@@ -54,7 +65,7 @@ SPINE: dict[str, Stage] = {
     "embed": Stage(make=embed, record=r.Vectors, needs=("scan",), settings=("model", "embed", "augment"), fingerprint=sources.fingerprint),
     "cluster": Stage(make=cluster, record=r.Clusters, needs=("scan", "embed"), settings=("cluster",)),
     "curate": Stage(make=curate, record=r.Selection, needs=("scan", "embed", "cluster"), settings=("curate",)),
-    "augment": Stage(make=augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment",)),
+    "augment": Stage(make=_augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment", "generate")),
     "train": Stage(make=train, record=r.Model, needs=("scan", "embed", "cluster", "curate", "augment"), settings=("train", "embed")),
     "compress": Stage(
         make=_compress,
@@ -110,6 +121,8 @@ def run_config(config: Config, *, until: str = "report", quiet: bool = False) ->
     """
     config = _anchored(config)
     stages = list(SPINE)[: list(SPINE).index(until) + 1]
+    if "compress" in stages:
+        runtime.require(config.compress.runtime)  # before the long part, so that a missing extra is told at once
     with Workspace(config.out, SPINE) as space:
         space.claim(config.data.data, flatten(config))
         for name in stages:

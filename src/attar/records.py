@@ -188,6 +188,8 @@ class Policy:
     """How the dials were found."""
     evidence: tuple[Mapping[str, Any], ...] = ()
     """The measurements behind them."""
+    generated: Path | None = None
+    """Folder of generated items (samples.parquet, accepted ones as PNG, sheet.png); None where there are none."""
 
     def of(self, cluster: int | None = None) -> Mapping[str, Dial]:
         return self.families if cluster is None or not self.clusters else self.clusters[cluster]
@@ -244,6 +246,8 @@ class Candidate:
     """The file as it would be shipped."""
     precision: str
     """"float32", "float16" or "int8"."""
+    runtime: str = "onnxruntime"
+    """The runtime it was judged and timed in, and is to be run in: "onnxruntime" or "openvino"."""
     figures: Mapping[str, float]
     """size (bytes), parameters, macs, latency (ms), agreement (validation share) and n of it; ratios to the original end in "_ratio"."""
 
@@ -251,7 +255,7 @@ class Candidate:
 @dataclass(frozen=True, kw_only=True)
 class Front:
     original: Candidate
-    """The original in float32 ONNX: what the ratios are against."""
+    """The original in float32 ONNX, run by ONNX Runtime: what the ratios are against."""
     candidates: tuple[Candidate, ...]
     chosen: str
     """Name of the candidate delivered."""

@@ -11,13 +11,16 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from attar.containers import COPY_AGAIN, Unreadable
 from attar.data import Reader
 from attar.errors import DataError
+from attar.modalities import jpeg
 from attar.records import Items, Preprocess
 
 # What Pillow decodes by itself and tells by its first bytes. Not EPS (runs Ghostscript), TGA (no mark of its own), ICO (its header
@@ -143,6 +146,57 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     return image.convert("RGB"), note
 
 
+def _pillow(image: Image.Image, reduction: int) -> tuple[Image.Image, str]:
+    """The same by Pillow for every format, and what had to be changed; some of its plugins turn while they load."""
+    small = min(image.size) < reduction  # draft would take a larger scale
+    reduced = reduction == 1 or (not small and image.draft(None, (image.width // reduction, image.height // reduction)))
+    _load(image)
+    rgb, change = _to_rgb(image)
+    return rgb if reduced else rgb.reduce(reduction), change
+
+
+def _jpeg(image: Image.Image) -> bool:
+    """Whether it is one of the JPEGs that need not go through Pillow."""
+    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+
+
+def _rgb(image: Image.Image, data: bytes, reduction: int = 1) -> tuple[Image.Image, str]:
+    """The same by whichever is fastest."""
+    pixels = jpeg.decode(data, image.size, reduction) if _jpeg(image) else None
+    return _pillow(image, reduction) if pixels is None else (Image.fromarray(pixels), "")
+
+
+class Stored(NamedTuple):
+    """An image as its file holds it: not turned yet, perhaps reduced."""
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    orientation: int  # by EXIF, 1 … 8
+
+
+def stored(data: bytes, *, reduction: int = 1, max_pixels: int) -> Stored:
+    """The first frame of an encoded image as RGB with sides ⌈side / reduction⌉: JPEG by scaled decoding, other formats by means of boxes.
+
+    Raises Unreadable as `decode` does.
+    """
+    size, image = jpeg.plain_size(data), None
+    if size is None or size[0] * size[1] > max_pixels:
+        image = _open(data, max_pixels)
+        size = image.size if _jpeg(image) else None
+    pixels = None if size is None else jpeg.decode(data, size, reduction)
+    if pixels is None:
+        image = image or _open(data, max_pixels)
+        pixels = np.asarray(_pillow(image, reduction)[0])
+    return Stored(pixels, 1 if image is None else _orientation(image))
+
+
+def upright_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Height and width after the turn that EXIF asks for, by the header alone but for TIFF. Raises Unreadable as `decode` does."""
+    image = _open(data, max_pixels)
+    if image.format == "TIFF":
+        _load(image)  # Pillow turns it then, and tells the size before or after that depending on its version
+    return image.size if _orientation(image) > 4 else image.size[::-1]
+
+
 def decode(data: bytes, *, max_pixels: int, name: str = "") -> tuple[Image.Image, str]:
     """The first frame of an encoded image as upright RGB, and a note of what had to be changed ("" when nothing).
 
@@ -154,8 +208,7 @@ def decode(data: bytes, *, max_pixels: int, name: str = "") -> tuple[Image.Image
     frames = _frames(_open(data, max_pixels) if kind in ("GIF", "TIFF") else image)  # these count by seeking: not in the one that is loaded
     suffix = os.path.splitext(name)[1].lower()
     named = Image.registered_extensions().get(suffix)
-    _load(image)
-    rgb, change = _to_rgb(image)
+    rgb, change = _rgb(image, data)
     rgb = _turn(rgb, _orientation(image))  # asked again: some of Pillow's plugins turn while they load
     notes = [
         f"{kind} named {suffix}" if named and SAME.get(named, named) != SAME.get(kind, kind) else "",
@@ -204,17 +257,15 @@ def resize_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
 def prepare(data: bytes, preprocess: Preprocess, *, max_pixels: int) -> np.ndarray:
     """resize_crop(decode(data)), with JPEG decoded at 1/2, 1/4 or 1/8 scale where that still leaves twice the pixels needed."""
     image = _open(data, max_pixels)
-    orientation, box = _orientation(image), None
+    size, orientation, factor = image.size, _orientation(image), 1
     if image.format == "JPEG":
-        upright = _scaled(*(image.size if orientation < 5 else image.size[::-1]), preprocess)
+        upright = _scaled(*(size if orientation < 5 else size[::-1]), preprocess)
         width, height = upright if orientation < 5 else upright[::-1]
-        if min(image.width // (2 * width), image.height // (2 * height)) >= 2:
-            _, box = image.draft(None, (2 * width, 2 * height)) or (None, None)
-    _load(image)
-    rgb, _ = _to_rgb(image)
-    if box is None:
+        factor = jpeg.reduction_for(min(size[0] / (2 * width), size[1] / (2 * height)))
+    rgb, _ = _rgb(image, data, factor)
+    if factor == 1:
         return resize_crop(_turn(rgb, _orientation(image)), preprocess)
-    # Pillow rounds the reduced size up: the box keeps the scale exact.
+    box = (0, 0, size[0] / factor, size[1] / factor)  # the reduced size is rounded up: the box keeps the scale exact
     return _crop(_turn(rgb.resize((width, height), FILTERS[preprocess.resample], box=box), orientation), preprocess.size)
 
 
@@ -239,14 +290,45 @@ def show(image: Image.Image | bytes, side: int, *, max_pixels: int = 100_000_000
     return stream.getvalue()
 
 
+class Encoded:
+    """Items as the bytes of their files, from any thread; a context manager."""
+
+    def __init__(self, items: Items) -> None:
+        self._root, self._paths, self._reader = items.root, items.table["path"], Reader(items.root)
+        self.bytes = items.column("bytes").astype(np.int64)
+        self.sizes = np.stack([items.column("height"), items.column("width")], 1).astype(np.int64)  # upright
+        self.jpeg = items.column("format") == "JPEG"
+
+    def __enter__(self) -> Encoded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+    def limit(self, item: int) -> int:
+        """Pixels the item had when it was scanned: no more are decoded."""
+        return int(self.sizes[item].prod())
+
+    def read(self, item: int) -> bytes:
+        """The bytes of a file that is as long as it was; raises Unreadable for any other."""
+        data = self._reader.read(self._paths[item].as_py())
+        if len(data) != self.bytes[item]:
+            raise Unreadable(f"has {len(data)} bytes instead of {self.bytes[item]}", "")
+        return data
+
+    def fault(self, item: int, error: Unreadable) -> DataError:
+        """What to raise for an item that could be read when it was scanned."""
+        return DataError(
+            f"{self._paths[item].as_py()} in {self._root}: has changed since it was scanned ({error.reason}); "
+            "run the same command again: it scans what changed"
+        )
+
+
 class Loader:
     """Items as model inputs, read and decoded in `workers` threads; a context manager."""
 
     def __init__(self, items: Items, preprocess: Preprocess, *, workers: int = 2) -> None:
-        self._items, self._preprocess, self._workers = items, preprocess, workers
-        self._paths, self._bytes = items.table["path"], items.column("bytes")
-        self._pixels = items.column("width").astype(np.int64) * items.column("height")
-        self._reader = Reader(items.root)
+        self._files, self._preprocess, self._workers = Encoded(items), preprocess, workers
         self._pool = ThreadPoolExecutor(workers, "attar-load")
 
     def __enter__(self) -> Loader:
@@ -254,27 +336,15 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._reader.close()
-
-    def _read(self, item: int) -> bytes:
-        data = self._reader.read(self._paths[item].as_py())
-        if len(data) != self._bytes[item]:
-            raise Unreadable(f"has {len(data)} bytes instead of {self._bytes[item]}", "")
-        return data
-
-    def _changed(self, item: int, error: Unreadable) -> DataError:
-        return DataError(
-            f"{self._paths[item].as_py()} in {self._items.root}: has changed since it was scanned ({error.reason}); "
-            "run the same command again: it scans what changed"
-        )
+        self._files.__exit__()
 
     def _fill(self, out: np.ndarray, ids: np.ndarray, first: int) -> None:
         for slot in range(first, len(ids), self._workers):
             item = int(ids[slot])
             try:
-                out[slot] = prepare(self._read(item), self._preprocess, max_pixels=int(self._pixels[item]))
+                out[slot] = prepare(self._files.read(item), self._preprocess, max_pixels=self._files.limit(item))
             except Unreadable as error:
-                raise self._changed(item, error) from None
+                raise self._files.fault(item, error) from None
 
     def _start(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Future[None]]]:
         ids = np.asarray(ids, np.int64)
@@ -315,6 +385,6 @@ class Loader:
     def original(self, item: int) -> Image.Image:
         """One item at full size, upright RGB."""
         try:
-            return decode(self._read(item), max_pixels=int(self._pixels[item]))[0]
+            return decode(self._files.read(item), max_pixels=self._files.limit(item))[0]
         except Unreadable as error:
-            raise self._changed(item, error) from None
+            raise self._files.fault(item, error) from None

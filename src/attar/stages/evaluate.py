@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import pyarrow as pa
 
 from attar import runtime, stats
 from attar.config import Evaluate
-from attar.errors import DataError
+from attar.errors import DataError, ModelError
 from attar.labels import read_labels
 from attar.modalities.image import Loader
 from attar.models import frozen
@@ -96,10 +95,10 @@ def measure(
     seen = _decide(ids, inputs, front, job)
     per_cluster = _per_cluster(seen, clusters)
     parts = [_agreement(seen, per_cluster), _embeddings(seen, settings.neighbours, job), _costs(front), _latency(front, job), *judge(seen)]
-    figures = tuple(figure for part in parts for figure in part.figures)
+    figures = tuple(_placed(figure, front) for part in parts for figure in part.figures)
     notes = [*notes, *(note for part in parts for note in part.notes)]
     evidence = Evidence(figures=figures, per_cluster=tuple(per_cluster), notes=tuple(notes))
-    job.say(_headline(evidence, _threads(front)))
+    job.say(_headline(evidence, front))
     return evidence
 
 
@@ -140,7 +139,7 @@ def _table(part: np.ndarray, inputs: Inputs, front: Front, keep: np.ndarray, tic
     """Decisions of one shard as a table; embeddings only where `keep` says so, empty lists elsewhere."""
     sides, rows, start = dict(zip(SIDES, (front.original, front.student))), [], 0
     files = {of: one.onnx for of, one in sides.items()}
-    for values in runtime.run_batches(files, inputs(part), threads=front.threads):
+    for values in runtime.run_batches(files, inputs(part), threads=front.threads, runtimes=_runtimes(front)):
         found = {of: frozen.answers(values[of], one.model.source, one.model.head) for of, one in sides.items()}
         count = len(found["original"]["embedding"])
         ids, kept, start = part[start : start + count], keep[start : start + count], start + count
@@ -157,6 +156,16 @@ def _table(part: np.ndarray, inputs: Inputs, front: Front, keep: np.ndarray, tic
         rows.append(pa.table(columns))
         tick(count)
     return pa.concat_tables(rows)
+
+
+def _runtimes(front: Front) -> dict[str, str]:
+    return {"original": front.original.runtime, "student": front.student.runtime}
+
+
+def _placed(figure: Figure, front: Front) -> Figure:
+    """A figure of the student's answers with the runtime that gave them, where that is not ONNX Runtime: it holds nowhere else."""
+    place = runtime.where(front.student.runtime)
+    return figure._replace(method=f"{figure.method} (student{place})") if place and figure.of == "student" and figure.split else figure
 
 
 def _share(name: str, of: str, hits: np.ndarray, what: str) -> Figure:
@@ -249,25 +258,51 @@ def _threads(front: Front) -> str:
 
 def _latency(front: Front, job: Job) -> Findings:
     """Milliseconds at batch 1; measured once, so that a resumed run keeps its figures."""
-    files = {"original": front.original.onnx, "student": front.student.onnx}
+    files, places = {"original": front.original.onnx, "student": front.student.onnx}, _runtimes(front)
+    if _opens(front):
+        files["there"], places["there"] = front.original.onnx, front.student.runtime
 
     def measure() -> dict[str, list[float]]:
         with job.progress(ROUNDS, "measuring latency", "rounds") as bar:
-            found = runtime.measure_latency(files, threads=front.threads, rounds=ROUNDS, seed=job.seed, progress=bar.update)
+            found = runtime.measure_latency(
+                files, runtimes=places, threads=front.threads, rounds=ROUNDS, seed=job.seed, progress=bar.update
+            )
         return {of: values.tolist() for of, values in found.items()}
 
     found = job.once("latency.json", measure)
-    rounds = np.array([found[of] for of in files]).T
-    where = f"ONNX Runtime {onnxruntime.__version__} on the CPU, {_threads(front)}, batch 1, files in turn in a process of their own"
-    method = f"bootstrap 95 %; median of {len(rounds)} rounds; {where}"
+    rounds = np.array([found[of] for of in SIDES]).T
+    method = f"bootstrap 95 %; median of {len(rounds)} rounds; {_conditions(front)}"
     figures = []
-    for of, values in zip(files, rounds.T):
+    for of, values in zip(SIDES, rounds.T):
         bounds = stats.bootstrap(values, job.rng("latency", of), np.median, REPEATS)
         figures.append(Figure("latency_ms", of, float(np.median(values)), *bounds, len(rounds), "", method, "ms"))
     bounds = stats.bootstrap(rounds, job.rng("latency_ratio"), _median_ratio, REPEATS)
     paired = method.replace("median", "median ratio, paired by round,")
     figures.append(Figure("latency_ratio", "student", _median_ratio(rounds), *bounds, len(rounds), "", paired, "ratio"))
-    return Findings(figures, [])
+    notes = []
+    if "there" in found:
+        there, ratio = np.median(found["there"]), _median_ratio(np.array([found["there"], found["student"]]).T)
+        name = runtime.NAMES[front.student.runtime]
+        notes.append(f"In {name} the original itself takes {there:.3g} ms; in the same runtime the student has {ratio:.2f}x its latency.")
+    return Findings(figures, notes)
+
+
+def _conditions(front: Front) -> str:
+    """How latency was measured, in words."""
+    rest = f"on the CPU, {_threads(front)}, batch 1, files in turn in a process of their own"
+    before, after = (runtime.said(place) for place in _runtimes(front).values())
+    return f"{before} {rest}" if before == after else f"original in {before}, student in {after}, {rest} for each"
+
+
+def _opens(front: Front) -> bool:
+    """Whether the student's runtime is another than the original's and can run that too."""
+    if front.student.runtime == front.original.runtime:
+        return False
+    try:
+        runtime.open_session(front.original.onnx, runtime=front.student.runtime)
+    except ModelError:
+        return False
+    return True
 
 
 def _median_ratio(rounds: np.ndarray) -> float:
@@ -365,11 +400,11 @@ def _cluster_scores(of: str, codes: np.ndarray, clusters: np.ndarray, labels: in
     return figures
 
 
-def _headline(evidence: Evidence, threads: str) -> str:
+def _headline(evidence: Evidence, front: Front) -> str:
     values = {(figure.name, figure.of): figure.value for figure in evidence.figures}
     size, latency = (values[name, "student"] for name in ("size_ratio", "latency_ratio"))
     before, after = (values["latency_ms", of] for of in SIDES)
     return (
         f"student gives the {evidence.certificate}, at {size:.2f}x the original's size and {latency:.2f}x its latency "
-        f"({before:.2f} → {after:.2f} ms, {threads})"
+        f"({before:.2f} → {after:.2f} ms{runtime.where(front.student.runtime)}, {_threads(front)})"
     )

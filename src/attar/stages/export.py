@@ -20,7 +20,7 @@ from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Shipped
 from attar.records import Evidence, Export, Front, Items, Model
-from attar.runtime import open_session, outputs
+from attar.runtime import DEFAULT, open_session, outputs, where
 from attar.stages.augment.engine import normalise
 from attar.workspace import Job
 
@@ -76,8 +76,10 @@ def deliver(model: Model, front: Front, evidence: Evidence, batches: Iterable[to
     known: dict[str, Any] = {
         "classes": list(model.classes),
         "clusters": len(model.head.centroids),  # type: ignore[union-attr]
-        "lineage": [*student.model.lineage, f"delivered as {student.precision}"],
+        "lineage": [*student.model.lineage, f"delivered as {student.precision}{where(student.runtime)}"],
     }
+    if student.runtime != DEFAULT:  # the figures and the certificate hold in this runtime alone
+        known = {"runtime": student.runtime} | known
     if not model.shape:  # tensors come prepared: nobody can prepare them from here
         known = {"preprocess": dataclasses.asdict(model.preprocess)} | known
     card: dict[str, Any] = {
@@ -98,15 +100,16 @@ def deliver(model: Model, front: Front, evidence: Evidence, batches: Iterable[to
     file = job.folder / "student.onnx"
     job.folder.mkdir(parents=True, exist_ok=True)
     onnx.save(graph, file)
-    checks = check(file, student.model, batches)
-    job.say(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in checks.items()))
+    checks = check(file, student.model, batches, student.runtime)
+    job.say(", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in checks.items()) + where(student.runtime))
     return Export(onnx=file, card=card | {"checks": checks}, checks=checks)
 
 
-def check(file: Path, model: Model, batches: Iterable[torch.Tensor]) -> dict[str, float]:
-    """The file against the torch model it was made from, on batches of inputs: cosine of embeddings and equal decisions."""
+def check(file: Path, model: Model, batches: Iterable[torch.Tensor], runtime: str = DEFAULT) -> dict[str, float]:
+    """The file, in the runtime it is for, against the torch model it was made from, on batches of inputs: cosine of embeddings and equal
+    decisions."""
     network: nn.Module = Shipped(sources.network(model), model.head).eval()  # type: ignore[arg-type]
-    session = open_session(file)
+    session = open_session(file, runtime=runtime)
     cosine, equal, largest = [], [], 0.0
     with torch.no_grad():
         for batch in batches:

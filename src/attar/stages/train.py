@@ -24,6 +24,7 @@ from attar.models import sources
 from attar.models.network import Network
 from attar.models.objectives import effective_rank, nt_xent
 from attar.records import Clusters, Head, Items, Model, Policy, Preprocess, Selection, Vectors
+from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import augment, normalise
 from attar.stages.cluster import principal_axes, squared_distances, unit
 from attar.workspace import Job
@@ -92,7 +93,8 @@ def optimise(
                 curve.append({"step": step + 1, "loss": round(value, 5)} | look())
                 if curve[-1]["validation_loss"] <= min(seen["validation_loss"] for seen in curve):
                     best = copy.deepcopy(modules.state_dict())
-                bar.set_postfix({key: f"{figure:.3f}" for key, figure in curve[-1].items() if key != "step"}, refresh=False)
+                shown = {key: f"{figure:.3f}" for key, figure in curve[-1].items() if key != "step" and "[" not in key}
+                bar.set_postfix(shown, refresh=False)
             done = (until_plateau and _plateau(curve)) or step + 1 == steps
             if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
@@ -149,49 +151,66 @@ def contrastive(
     settings: config.Embed,
     job: Job,
 ) -> tuple[dict[str, float], ...]:
-    """Trains an encoder in place with NT-Xent on two views per item (SimCLR), to the last step or a plateau.
+    """Trains an encoder in place with NT-Xent on two views per item (SimCLR), to the last step or a plateau, under live dials.
 
-    `clusters` is the cluster of each of `ids` where the policy has dials per cluster. Returns the curve: step, loss, and on held-out
-    items validation loss and effective rank.
+    `clusters` is the cluster of every item by id, where the policy has dials per cluster. Returns the curve: step, loss, and on held-out
+    items validation loss (under the policy as given, so that looks compare), effective rank, and what moved the dials and where to. The dials
+    end, as the weights do, as they were when the validation loss was least.
     """
     size = int(min(settings.batch_size, max(4, len(ids) // 2)))
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         dim = network(torch.zeros(2, 3, *preprocess.size))[0].shape[1]
         projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 64))
-    modules = nn.ModuleDict({"network": network, "projector": projector})
-    place = {int(identity): index for index, identity in enumerate(ids)}
+    modules, dials = nn.ModuleDict({"network": network, "projector": projector}), Controller(policy, pins(policy))
+    if dials.live:
+        modules["dials"] = dials  # its state is in the checkpoints with the weights
 
     def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
         network.train()
-        own = None if clusters is None else clusters[[place[int(identity)] for identity in batch]]
-        pair = torch.cat(_views(images, policy, own, preprocess, job, step))
+        own = None if clusters is None else clusters[batch]
+        pair = torch.cat(_views(images, dials.policy(), own, preprocess, job, step))
         first, second = projector(network(pair)[0]).chunk(2)
+        if dials.live:
+            dials.saw(first, second, settings.temperature, own)
         return nt_xent(first, second, settings.temperature)
 
     with Loader(items, preprocess, workers=job.workers) as loader:
-        pair = _views(loader.batch(held_out(items, job)), policy, None, preprocess, job, "held out")
+        held = held_out(items, job)
+        images, own = loader.batch(held), None if clusters is None else clusters[held]
+        pair = _views(images, policy, None, preprocess, job, "held out")
 
         def look() -> dict[str, float]:
             network.eval()
             with torch.no_grad():
                 first, second = (network(view)[0] for view in pair)
                 loss = nt_xent(projector(first), projector(second), settings.temperature)
-            return {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
+                found = {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
+                return found | (_steer(dials, modules, images, own, preprocess, settings.temperature, job) if dials.live else {})
 
-        curve = optimise(
-            modules,
-            RATE,
-            steps,
-            _streamer(loader, ids, size, job),
-            loss_of,
-            look,
-            job,
-            "contrastive training",
-            until_plateau=True,
-        )
+        stream = _streamer(loader, ids, size, job)
+        curve = optimise(modules, RATE, steps, stream, loss_of, look, job, "contrastive training", until_plateau=True)
     network.eval()
-    return curve
+    return (*curve[:-1], dict(curve[-1]) | dials.by_cluster()) if dials.live else curve
+
+
+def _steer(
+    dials: Controller,
+    modules: nn.ModuleDict,
+    images: np.ndarray,
+    clusters: np.ndarray | None,
+    preprocess: Preprocess,
+    temperature: float,
+    job: Job,
+) -> dict[str, float]:
+    """Shows held-out items (n, height, width, 3) to the network under the present dials, and lets the controller act on what it sees."""
+    turn = int(dials.turn)
+    views = _views(images, dials.policy(), clusters, preprocess, job, "live", turn)
+    alone = _views(images, dials.alone(), clusters, preprocess, job, "alone", turn)[0]
+    plain = normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+    first, second, changed, still = (modules["network"](view)[0] for view in (*views, alone, plain))
+    projected = modules["projector"](first), modules["projector"](second)
+    return dials.act((first, second), projected, (still, changed), temperature, effective_rank(first), clusters)
 
 
 def default_steps(count: int, batch: int) -> int:
@@ -219,14 +238,15 @@ def train(
     if model.source["kind"] != "self":
         return model
     kept = selection.column("keep") & (items.column("split") == "train")
-    ids, own = items.column("id")[kept], clusters.column("cluster")[kept]
+    ids, groups = items.column("id")[kept], clusters.column("cluster")
+    own = groups[kept]
     if steps is None:
         steps = (learning.self_steps or default_steps(len(ids), learning.batch_size)) // 2
     if not steps:
         return model
     network, preprocess = sources.network(model), model.preprocess
     before = retrieval(network, items, preprocess, policy, job)
-    curve = contrastive(network, items, ids, preprocess, policy, own, steps, learning, job)
+    curve = contrastive(network, items, ids, preprocess, policy, groups, steps, learning, job)
     after = retrieval(network, items, preprocess, policy, job)
     said = f"held-out items found by another view of themselves: {before:.1%} before, {after:.1%} after"
     if after < before:

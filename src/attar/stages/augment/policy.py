@@ -1,4 +1,4 @@
-"""The policy: how strong and how often, found from the data without labels.
+"""The policy: how strong and how often, found from the data without labels, or named by the user.
 
 Two questions are put to the data. Does mirroring keep an item plausible? A linear probe that tells thumbnails from their
 mirror images says no (digits, text) when it succeeds. How far can a family be turned up before items change their nature?
@@ -8,6 +8,7 @@ As far as most augmented views of a cluster's items still fall into that cluster
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from attar import config
+from attar.errors import UsageError
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import ClusterHead
 from attar.records import Clusters, Dial, Items, Policy, Selection, Vectors
-from attar.stages.augment.engine import apply, normalise
-from attar.stages.augment.plan import FAMILIES, sample
-from attar.workspace import Job
+from attar.stages.augment.catalogue import DEFAULTS, FAMILIES, POLICIES, as_policy
+from attar.stages.augment.engine import augment as views_of
+from attar.stages.augment.engine import normalise
+from attar.workspace import Job, file_digest
 
-DEFAULTS = {
-    "geometry": Dial(0.8, 0.9),
-    "flip": Dial(1.0, 0.5),
-    "colour": Dial(0.5, 0.8),
-    "blur": Dial(0.5, 0.2),
-    "erase": Dial(0.5, 0.1),
-}
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 KEPT = 0.85
 """Share of augmented views that must stay in their item's cluster for a strength to be allowed."""
@@ -53,7 +49,9 @@ def mirror_accuracy(thumbs: np.ndarray, rng: np.random.Generator) -> float:
 
 
 def starting_policy(items: Items, settings: config.Augment, job: Job) -> Policy:
-    """The policy before anything is known of the clusters: the defaults, without the mirror where mirroring changes the items."""
+    """The policy before anything is known of the clusters: the one that was named, or the defaults, without the mirror where that changes the items."""
+    if settings.policy:
+        return pinned(as_policy(settings.policy), settings)
     thumbs = np.frombuffer(b"".join(items.table["thumb"].to_pylist()), np.uint8).reshape(-1, 256)
     accuracy = mirror_accuracy(thumbs[items.column("split") == "train"], job.rng("mirror"))
     families = dict(DEFAULTS)
@@ -64,9 +62,15 @@ def starting_policy(items: Items, settings: config.Augment, job: Job) -> Policy:
     return pinned(Policy(families=families, method="defaults, mirror probe", evidence=(evidence,)), settings)
 
 
+def fingerprint(settings: config.Augment) -> list[str]:
+    """Hash of the policy file that was named, so that a changed one is noticed."""
+    return [file_digest(Path(settings.policy))] if settings.policy and settings.policy not in POLICIES else []
+
+
 def pinned(policy: Policy, settings: config.Augment) -> Policy:
-    """The policy with the dials the user set by hand; a flip that was found to be wrong stays off."""
-    if settings.strength is None and settings.frequency is None:
+    """The policy with the dials the user set by hand, which evidence says; a flip that was found to be wrong stays off."""
+    by_hand = {name: value for name, value in (("strength", settings.strength), ("frequency", settings.frequency)) if value is not None}
+    if not by_hand:
         return policy
 
     def pin(dial: Dial) -> Dial:
@@ -75,16 +79,23 @@ def pinned(policy: Policy, settings: config.Augment) -> Policy:
 
     families = {name: pin(dial) for name, dial in policy.families.items()}
     clusters = tuple({name: pin(dial) for name, dial in dials.items()} for dials in policy.clusters)
-    return Policy(families=families, clusters=clusters, method=f"{policy.method}; pinned by hand", evidence=policy.evidence)
+    evidence = (*policy.evidence, *({"pinned": name, "value": value} for name, value in by_hand.items()))
+    return Policy(families=families, clusters=clusters, pick=policy.pick, method=f"{policy.method}; pinned by hand", evidence=evidence)
 
 
 def augment(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection, settings: config.Augment, job: Job) -> Policy:
     """Strength per family and cluster: the largest at which at least KEPT of the augmented views stay in their item's cluster.
 
+    A policy that was named is taken as it is; raises UsageError when its dials are for another number of clusters.
     A cluster's share is drawn towards the share of all items by the weight of ten items, so that small clusters do not decide by chance.
     """
     start = starting_policy(items, settings, job)
-    if settings.strength is not None:
+    if start.clusters and len(start.clusters) != clusters.count:
+        raise UsageError(
+            f"policy: {settings.policy}: has dials for {len(start.clusters)} clusters, the items fall into {clusters.count}; "
+            f'leave out its "clusters", or cluster as before with --clusters {len(start.clusters)}'
+        )
+    if settings.strength is not None or settings.policy:
         return start
     keep = selection.column("keep") & (items.column("split") == "train")
     candidates = items.column("id")[keep]
@@ -139,7 +150,7 @@ def _measure(items: Items, vectors: Vectors, clusters: Clusters, ids: np.ndarray
             bar.update(len(images))
             for family in families:
                 for strength in STRENGTHS:
-                    dials = [{name: OFF for name in FAMILIES} | {family: Dial(strength, 1.0)}] * len(images)
-                    found[family][str(strength)] += assign(apply(images, sample(dials, job.rng(family, strength, number))))
+                    alone = Policy(families={name: OFF for name in FAMILIES} | {family: Dial(strength, 1.0)})
+                    found[family][str(strength)] += assign(views_of(images, alone, None, job.rng(family, strength, number)))
                     bar.update(len(images))
     return found

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attar import config, formats
+from attar import config, formats, runtime
 from attar.errors import ModelError
 from attar.models import frozen, sources
 from attar.models.network import Network
 from attar.records import Candidate, Model
-from attar.runtime import measure_latency, run_stacked
 from attar.stages.compress.feed import Feed
 from attar.stages.compress.quantise import half, quantise
 from attar.stages.export import write_onnx
@@ -34,6 +33,7 @@ class Bench:
     """Builds and measures candidates of one original; each is built once and kept in the job's folder."""
 
     def __init__(self, feed: Feed, model: Model, settings: config.Compress, job: Job) -> None:
+        runtime.require(settings.runtime)
         self.feed, self.model, self.settings, self.job = feed, model, settings, job
         self.least: dict[str, float] = {}
         """Seconds that building and measuring took, at least, by precision."""
@@ -71,8 +71,9 @@ class Bench:
             if precision != "float32":
                 exact, file = file, Path(folder) / f"{precision}.onnx"
                 half(exact, file) if precision == "float16" else self._quantise(exact, file, name)
-            figures = self._measure(file, model, None if name == "original" else self.original)
-            formats.save_candidate(target, Candidate(name=name, model=model, onnx=file, precision=precision, figures=figures))
+            chosen, figures = self._measure(file, model, name)
+            made = Candidate(name=name, model=model, onnx=file, precision=precision, runtime=chosen, figures=figures)
+            formats.save_candidate(target, made)
 
     def _quantise(self, exact: Path, file: Path, name: str) -> None:
         batches = [batch.numpy() for batch in self.feed.calibration(self.settings.calibration_items, 16)]
@@ -81,27 +82,56 @@ class Bench:
         except Exception as error:  # the quantiser's own, of any kind, for graphs it does not understand
             raise ModelError(f"{name} cannot be made ({type(error).__name__}: {error})") from error
 
-    def _decisions(self, file: Path, model: Model) -> np.ndarray:
-        """What a file decides on the validation items: class, or cluster where there are no classes."""
-        made = run_stacked(file, (batch.contiguous().numpy() for batch in self.feed.validation()), threads=torch.get_num_threads())
+    def _decisions(self, file: Path, model: Model, place: str) -> np.ndarray:
+        """What a file decides on the validation items in a runtime: class, or cluster where there are no classes."""
+        items = (batch.contiguous().numpy() for batch in self.feed.validation())
+        made = runtime.run_stacked(file, items, threads=torch.get_num_threads(), runtime=place)
         return frozen.answers(made, model.source, model.head)["logits" if model.classes else "cluster_probabilities"].argmax(1)
 
-    def _measure(self, file: Path, model: Model, original: Candidate | None) -> dict[str, float]:
-        """Figures of a file, absolute and as ratios to the original's; the original is timed beside it, so that drift hits both."""
-        decided = self._decisions(file, model)
-        expected = np.asarray(self.job.once("decisions.json", lambda: decided.tolist()))
-        files = {"original": original.onnx, "this": file} if original else {"this": file}
-        times = measure_latency(files, threads=self.settings.threads)
+    def _decided(self, file: Path, model: Model, name: str) -> dict[str, np.ndarray]:
+        """What a file decides in each runtime it may be for; where there is a choice, one that cannot run it is left out."""
+        asked = runtime.DEFAULT if name == "original" else self.settings.runtime
+        found: dict[str, np.ndarray] = {}
+        for place in runtime.NAMES if asked == "auto" else (asked,):
+            try:
+                found[place] = self._decisions(file, model, place)
+            except ModelError as error:
+                if not found:
+                    raise
+                self.job.say(f"{name} stays in ONNX Runtime: {str(error).replace(str(file), 'the file')}")
+        return found
+
+    def _measure(self, file: Path, model: Model, name: str) -> tuple[str, dict[str, float]]:
+        """The runtime a file is for, and its figures there, absolute and as ratios to the original's in ONNX Runtime; the original is timed
+        beside it, so that drift hits both."""
+        original = None if name == "original" else self.original
+        decided = self._decided(file, model, name)
+        expected = np.asarray(self.job.once("decisions.json", lambda: decided[runtime.DEFAULT].tolist()))
+        files = ({"original": original.onnx} if original else {}) | dict.fromkeys(decided, file)
+        times = runtime.measure_latency(files, runtimes={place: place for place in decided}, threads=self.settings.threads)
+        agreement = {place: float((one == expected).mean()) for place, one in decided.items()}
+        latency = {place: float(np.median(times[place])) for place in decided}
+        place = quicker(agreement, latency)
         figures = {
             "size": float(file.stat().st_size),
             "parameters": float(model.parameters),
             "macs": float(model.macs),
-            "latency": float(np.median(times["this"])),
-            "agreement": float((decided == expected).mean()),
-            "n": float(len(decided)),
+            "latency": latency[place],
+            "agreement": agreement[place],
+            "n": float(len(expected)),
         }
-        ratio = float(np.median(times["this"] / times["original"])) if original else 1.0
-        return figures | ratios(figures, original.figures if original else figures) | {"latency_ratio": ratio}
+        ratio = float(np.median(times[place] / times["original"])) if original else 1.0
+        return place, figures | ratios(figures, original.figures if original else figures) | {"latency_ratio": ratio}
+
+
+def quicker(agreement: Mapping[str, float], latency: Mapping[str, float]) -> str:
+    """The runtime of least latency among those in which a file agrees no less than in the first.
+
+    >>> quicker({"onnxruntime": 0.97, "openvino": 0.96}, {"onnxruntime": 2.0, "openvino": 1.0})
+    'onnxruntime'
+    """
+    least = next(iter(agreement.values()))
+    return min((place for place, value in agreement.items() if value >= least), key=latency.__getitem__)
 
 
 def ratios(figures: Mapping[str, float], whole: Mapping[str, float]) -> dict[str, float]:
@@ -114,4 +144,4 @@ def row(made: Candidate) -> str:
     f = made.figures
     costs = (("size", words.size), ("macs", words.count), ("latency", words.milliseconds))
     cells = [f"{said(f[name]):>9} ({f[f'{name}_ratio']:5.2f}x)" for name, said in costs]
-    return f"{made.name:26} {' '.join(cells)} {f['agreement']:7.1%} of {int(f['n']):7,}"
+    return f"{made.name:26} {' '.join(cells)} {f['agreement']:7.1%} of {int(f['n']):7,}{runtime.where(made.runtime)}"

@@ -14,6 +14,7 @@ from attar.modalities.image import Loader
 from attar.records import Clusters, Items, Policy, Preprocess, Selection
 from attar.stages.augment.engine import normalise
 from attar.stages.augment.policy import MIRROR_LIMIT, mirror_accuracy
+from attar.stages.augment.samples import help_shown, read_samples, with_samples
 from attar.workspace import Job
 
 WATCHED = 256
@@ -76,6 +77,8 @@ class ItemFeed:
         self._judged = ids[judged] if judged.any() else items.ids("validation")
         self.count = len(self._train)
         self.clusters: np.ndarray | None = clusters.column("cluster")[self._judged]
+        made = policy.generated if help_shown(policy.evidence) else None
+        self._samples = read_samples(made, preprocess) if made is not None else None
 
     def _stream(self, ids: np.ndarray, size: int) -> Iterator[Tensor]:
         """Model inputs of some items, a batch at a time."""
@@ -98,6 +101,8 @@ class ItemFeed:
         with Loader(self._items, preprocess, workers=job.workers) as loader:
             drawn = (job.rng("batch", step).choice(self._train, min(size, self.count), p=self._share) for step in steps)
             for step, (_, images) in zip(steps, loader.stream(drawn)):
+                if self._samples is not None:
+                    images = with_samples(images, self._samples, job.rng("samples", step))
                 views = nudged(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, self._flips, job.rng("view", step))
                 yield step, normalise(views, preprocess.mean, preprocess.std)
 

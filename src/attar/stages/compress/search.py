@@ -22,6 +22,7 @@ from attar.errors import ModelError
 from attar.models import sources
 from attar.models.network import Network
 from attar.records import Candidate, Front, Model
+from attar.runtime import DEFAULT
 from attar.stages.compress import student as students
 from attar.stages.compress.bench import PRECISIONS, Bench, ratios
 from attar.stages.compress.budget import Constraint, excess, parse_budget
@@ -75,8 +76,8 @@ class Search:
     # what is tried
 
     def whole(self) -> bool:
-        """The whole model in the smaller precisions; returns whether that is all the budget asks."""
-        return self._enough(self._forms("whole", lambda: self.model, PRECISIONS[1:]))
+        """The whole model in the smaller precisions, in float32 too where another runtime may gain; returns whether that is all the budget asks."""
+        return self._enough(self._forms("whole", lambda: self.model, PRECISIONS[self.settings.runtime == DEFAULT :]))
 
     def cut(self) -> None:
         """Cuts, the one or two that matter distilled."""

@@ -11,6 +11,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from attar.records import SPLITS, Clusters, Items, Selection, Vectors
+from attar.stages.augment.controller import is_dial
 from attar.stages.cluster import project
 from attar.stages.report import charts, words
 from attar.stages.report.pictures import SMALL, Album, Photo
@@ -175,7 +176,8 @@ def curves(vectors: Vectors, clusters: Clusters) -> dict[str, Any]:
         chart = charts.line(
             points, title="score", across="number of clusters", marked=float(clusters.count), mark=f"{clusters.count} chosen"
         )
-    return {"scores": chart, "training": charts.signals(vectors.signals)}
+    learned = [{name: value for name, value in row.items() if not is_dial(name)} for row in vectors.signals]
+    return {"scores": chart, "training": charts.signals(learned)}
 
 
 def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from attar.records import Clusters, Evidence, Export, Front, Items, Model, Page, Policy, Selection, Vectors
+from attar.runtime import DEFAULT, where
 from attar.stages.report import charts, folder, origin, pictures, result, words
 from attar.workspace import Job
 
@@ -50,6 +51,7 @@ def report(
         "dials": dials(policy),
         "policy": policy,
         "policy_evidence": measurements(policy),
+        "live": live(vectors.signals, model.signals),
         "pareto": result.pareto(front),
         "candidates": result.candidates(front),
         "changes": result.changes(front, evidence),
@@ -113,11 +115,32 @@ def measurements(policy: Policy) -> list[tuple[list[str], list[list[str]]]]:
     return [(list(names), rows) for names, rows in tables.items()]
 
 
+def live(*curves: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    """How the dials moved in the last of some training curves that moved any: charts by family, and where each cluster's ended."""
+    moving = [curve for curve in curves if sum("strength" in row for row in curve) > 1]
+    if not moving:
+        return None
+    rows = [row for row in moving[-1] if "strength" in row]
+    names = list(dict.fromkeys(key[9:-1] for row in rows for key in row if key.startswith("strength[") and ", cluster " not in key))
+    drawn = []
+    for name in names:
+        lines = [[(float(row["step"]), float(row[f"{dial}[{name}]"])) for row in rows] for dial in ("strength", "frequency")]
+        drawn.append((words.label(name), charts.line(lines[0], title="strength", across="step", second=("frequency", lines[1]))))
+    ended, count = rows[-1], sum(key.startswith(f"strength[{names[0]}, cluster ") for key in rows[-1])
+    cell = "{:.2f}, {:.0f} %".format
+    table = [
+        [cell(ended[f"strength[{name}, cluster {number}]"], 100 * ended[f"frequency[{name}, cluster {number}]"]) for name in names]
+        for number in range(count)
+    ]
+    return {"charts": drawn, "names": [words.label(name) for name in names], "clusters": table}
+
+
 def _use(items: Items, export: Export) -> dict[str, str]:
     """The code and the command, with the run's own paths in them."""
     first = next((file for path in items.column("path")[:20] if (file := Path(items.root) / path).is_file()), Path("photo.jpg"))
     files = [str(first)]
-    return {"snippet": origin.snippet(str(export.onnx), files), "command": origin.command(str(export.onnx.parent), files)}
+    use = {"snippet": origin.snippet(str(export.onnx), files), "command": origin.command(str(export.onnx.parent), files)}
+    return use | {"place": where(export.card.get("runtime", DEFAULT))}
 
 
 def _environment() -> jinja2.Environment:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 
 from attar.records import Evidence, Figure, Front
+from attar.runtime import where
 from attar.stages.compress.budget import parse_budget
 from attar.stages.report import charts, words
 
@@ -80,7 +81,9 @@ def agreement_words(figure: Figure, classes: bool) -> str:
 
 
 def _conditions(front: Front) -> str:
-    return f"{front.threads} thread{'s' if front.threads != 1 else ''}, batch 1"
+    place = where(front.student.runtime)
+    said = f"{front.threads} thread{'s' if front.threads != 1 else ''}, batch 1"
+    return f"{said}; this one{place}, the original in ONNX Runtime" if place else said
 
 
 def sentence(front: Front, evidence: Evidence, classes: bool) -> str:
@@ -189,7 +192,7 @@ def _dots(front: Front, metric: str) -> list[charts.Dot]:
         own = candidate is front.original
         keeps, spent = candidate.figures.get("agreement", 1.0 if own else None), candidate.figures.get(metric)
         if keeps is not None and spent is not None:
-            says = f"{COSTS[metric][2](spent)}, agreement {words.percent(keeps)}"
+            says = f"{COSTS[metric][2](spent)}, agreement {words.percent(keeps)}{where(candidate.runtime)}"
             kind = "original" if own else candidate.precision
             dots.append(charts.Dot(words.plain(candidate.name), spent, keeps, kind, candidate.name == front.chosen, says))
     return dots
@@ -203,7 +206,7 @@ def candidates(front: Front) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": words.plain(candidate.name),
-                "precision": candidate.precision,
+                "precision": candidate.precision + where(candidate.runtime),
                 **{name: unit(figures[name]) if name in figures else "–" for name, (_, _, unit) in COSTS.items()},
                 "agreement": words.percent(figures["agreement"]) if "agreement" in figures else "–",
                 "n": f"{figures['n']:,.0f}" if figures.get("n") else "",

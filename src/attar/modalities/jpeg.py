@@ -1,0 +1,50 @@
+"""JPEG by libjpeg-turbo without Pillow: the same pixels in half the time, also at a half, a quarter or an eighth of the sides."""
+
+from __future__ import annotations
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+
+REDUCTIONS = (8, 4, 2, 1)
+"""What the sides may be divided by; the scales between these cost as much as the next larger of them, or more."""
+SMALLEST = 16
+"""Longer side, pixels, below which a reduced size may be that of several scales of n/8, of which not the one that is meant would be taken."""
+
+
+def reduction_for(shrink: float) -> int:
+    """The most by which the sides may be divided in decoding when what is made of an image shrinks it by so much everywhere.
+
+    Example:
+        >>> [reduction_for(shrink) for shrink in (0.5, 1.9, 2, 7.9, 30)]
+        [1, 1, 2, 4, 8]
+    """
+    return next((factor for factor in REDUCTIONS if factor <= shrink), 1)
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that nothing says to turn, grey or YCbCr; None for what Pillow has to look at."""
+    if not data.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in data or b"tiff:Orientation" in data:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if colours in ("YCbCr", "Gray") else None
+
+
+def decode(data: bytes, size: tuple[int, int], reduction: int = 1) -> UInt8[np.ndarray, "height width 3"] | None:
+    """RGB pixels of a grey or coloured JPEG of (width, height), with sides ⌈side / reduction⌉, one of REDUCTIONS.
+
+    None for what Pillow has to decode: damaged data, of which it says what is wrong or makes the best, and what is below SMALLEST, reduced.
+    """
+    if reduction > 1 and max(size) < SMALLEST:
+        return None
+    width, height = (-(-side // reduction) for side in size)
+    try:
+        if simplejpeg.decode_jpeg_header(data)[1::-1] != size:
+            return None
+        least = {"min_height": height, "min_width": width} if reduction > 1 else {}
+        return simplejpeg.decode_jpeg(data, **least)
+    except ValueError:
+        return None

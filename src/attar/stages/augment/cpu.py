@@ -1,0 +1,173 @@
+"""The CPU executor: a plan in one compiled pass over the pixels per view, on threads that do not hold Python's lock."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor
+
+from attar.stages.augment import coordinates, neighbourhood, sampling
+from attar.stages.augment.plan import Plan
+
+Type = Literal["float32", "float16", "bfloat16"]
+Layout = Literal["contiguous", "channels_last"]
+TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BORDERS = ("reflect", "edge", "constant")
+PIECES = 4
+"""Pieces of the work per thread: views differ in what they take."""
+KEPT, LARGEST_KEPT = 2, 2**27
+"""Outputs whose memory is used again once nobody holds them, and the bytes up to which: a loop holds one batch while it makes the next."""
+
+
+class Inputs(NamedTuple):
+    """What the compiled pass reads, in the order of its arguments."""
+
+    images: Int64[np.ndarray, "m 5"]  # address, rows, columns, bytes per row, channels
+    source: Int64[np.ndarray, " n"]
+    matrix: Float[np.ndarray, "n 3 3"]
+    kinds: Int64[np.ndarray, " n"]
+    boxes: Int64[np.ndarray, " n"]
+    warp: Float[np.ndarray, "n 4"]
+    elastic: Float[np.ndarray, "n 2 5 5"]
+    border: int
+    fill: int
+    colour: Float[np.ndarray, "n 3 4"]  # from bytes to [0, 1]
+    plain: Bool[np.ndarray, " n"]  # the colour map changes nothing
+    alone: Bool[np.ndarray, " n"]  # it keeps the channels apart
+    table: Int64[np.ndarray, " n"]
+    tables: UInt8[np.ndarray, "t 3 256"]
+    erase: Float[np.ndarray, "n 4"]
+    scale: Float[np.ndarray, " 3"]
+    shift: Float[np.ndarray, " 3"]
+    height: int
+    width: int
+
+
+def execute(
+    images: Sequence[UInt8[np.ndarray, "_ _ _"]],
+    plan: Plan,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+    *,
+    dtype: Type = "float32",
+    layout: Layout = "contiguous",
+    threads: int = 1,
+) -> Float[Tensor, "n 3 height width"]:
+    """The views of a plan, (value − mean) / std; equal for any number of threads.
+
+    Images are rows × columns × 1 (grey), 3 (RGB) or 4 (the fourth is left out) bytes; pixels of a row must lie side by side. Against
+    reference.render: bytes between source and colour where boxes are averaged, float32 else.
+    """
+    held = [image if _in_rows(image) else np.ascontiguousarray(image) for image in images]
+    inputs = _inputs(held, plan, mean, std)
+    views, flat, kind = _output(len(plan.source), plan.size, dtype, layout)
+    out, bits = (flat, _NO_BITS) if kind == sampling.FLOAT32 else (_NO_FLOATS, flat)
+    target = out, bits, kind, layout == "channels_last"
+    altered = neighbourhood.needed(plan)
+    simple, rest = np.flatnonzero(~altered), np.flatnonzero(altered)
+
+    def sample(first: int, end: int) -> None:
+        sampling.sample_views(first, end, simple, *inputs, *target, _NO_VIEW, False)
+
+    def alter(first: int, end: int) -> None:
+        whole, spare = np.empty((3, *plan.size), np.float32), np.empty(plan.size, np.float32)
+        for number in range(first, end):
+            view = int(rest[number])
+            sampling.sample_views(number, number + 1, rest, *inputs, *target, whole, True)
+            neighbourhood.alter(whole, spare, plan, view)
+            sampling.store_view(whole, inputs.erase[view], view, inputs.scale, inputs.shift, *target)
+
+    tasks = [(sample, *piece) for piece in _pieces(len(simple), threads)] + [(alter, *piece) for piece in _pieces(len(rest), threads)]
+    if threads == 1 or len(tasks) == 1:
+        for task, first, end in tasks:
+            task(first, end)
+        return views
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(task, first, end) for task, first, end in tasks]:
+            done.result()
+    return views
+
+
+_NO_FLOATS, _NO_BITS, _NO_VIEW = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty((3, 0, 0), np.float32)
+
+
+def _in_rows(image: np.ndarray) -> bool:
+    """Whether the pixels of each row lie side by side in memory."""
+    return image.strides[2] == 1 and image.strides[1] == image.shape[2] and image.strides[0] >= image.shape[1] * image.shape[2]
+
+
+def _inputs(images: Sequence[np.ndarray], plan: Plan, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+    colour = np.ascontiguousarray(plan.colour, np.float32)
+    plain = (colour == np.eye(3, 4, dtype=np.float32)).all((1, 2))
+    bent = (plan.warp[:, 0] != 0) | plan.elastic.any((1, 2, 3))
+    straight = (plan.matrix[:, 2] == [0, 0, 1]).all(1)
+    red, green, blue = (int(level) for level in np.floor(255 * plan.fill.astype(np.float64) + 0.5))
+    return Inputs(
+        images=np.array([(image.ctypes.data, *image.shape[:2], image.strides[0], image.shape[2]) for image in images], np.int64),
+        source=np.ascontiguousarray(plan.source, np.int64),
+        matrix=np.ascontiguousarray(plan.matrix, np.float64),
+        kinds=np.where(bent, coordinates.WARPED, np.where(straight, coordinates.AFFINE, coordinates.PROJECTIVE)).astype(np.int64),
+        boxes=plan.steps(),
+        warp=np.ascontiguousarray(plan.warp, np.float32),
+        elastic=np.ascontiguousarray(plan.elastic, np.float32),
+        border=BORDERS.index(plan.border),
+        fill=red | green << 8 | blue << 16,
+        colour=colour * np.array([1 / 255, 1 / 255, 1 / 255, 1], np.float32),
+        plain=plain,
+        alone=(colour[:, :, :3][:, ~np.eye(3, dtype=bool)] == 0).all(1),
+        table=np.where(plan.equalise, -1, plan.table).astype(np.int64),  # equalise comes first, and takes the table along
+        tables=np.ascontiguousarray(plan.tables, np.uint8),
+        erase=np.ascontiguousarray(plan.erase, np.float64),
+        scale=(1 / np.asarray(std, np.float64)).astype(np.float32),
+        shift=(-np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32),
+        height=plan.size[0],
+        width=plan.size[1],
+    )
+
+
+def _output(count: int, size: tuple[int, int], dtype: Type, layout: Layout) -> tuple[Tensor, np.ndarray, int]:
+    """The tensor (n, 3, height, width), its memory as a flat array of floats or of 16 bits, and the number of its type."""
+    kind = list(TYPES).index(dtype)
+    flat = _memory(count * 3 * size[0] * size[1], np.dtype(np.float32 if kind == sampling.FLOAT32 else np.uint16))
+    memory = torch.from_numpy(flat).view(TYPES[dtype])
+    views = memory.view(count, *size, 3).permute(0, 3, 1, 2) if layout == "channels_last" else memory.view(count, 3, *size)
+    return views, flat, kind
+
+
+_OUTPUTS: list[np.ndarray] = []
+
+
+def _memory(count: int, dtype: np.dtype) -> np.ndarray:
+    """Memory that nothing else refers to: that of an earlier output that is no longer held, or new.
+
+    The system hands out new memory in pages that it clears at first touch, which takes as long as a simple transform. numpy asks it for large pages,
+    torch.empty does not. A tensor made of an array, and all that shares the tensor's memory, counts as one reference to the array.
+    """
+    for _ in range(len(_OUTPUTS)):
+        try:
+            flat = _OUTPUTS.pop(0)  # a call on another thread does not see it meanwhile
+        except IndexError:
+            break
+        unused = sys.getrefcount(flat) == 2  # `flat` and the argument
+        fits = flat.dtype == dtype and flat.size == count
+        if unused and not fits:
+            continue
+        _OUTPUTS.append(flat)
+        if unused:
+            return flat
+    flat = np.empty(count, dtype)
+    if flat.nbytes <= LARGEST_KEPT and len(_OUTPUTS) < KEPT:
+        _OUTPUTS.append(flat)
+    return flat
+
+
+def _pieces(count: int, threads: int) -> list[tuple[int, int]]:
+    """0 … count in runs for threads to take."""
+    ends = np.linspace(0, count, 1 + min(count, threads * PIECES if threads > 1 else 1)).astype(int)
+    return list(zip(ends[:-1].tolist(), ends[1:].tolist()))

@@ -1,0 +1,395 @@
+"""The compiled pass over the pixels: coordinates, four neighbours, bilinear mean, colour, table, normalised values, row by row.
+
+A row of a view goes through small buffers that stay in the nearest cache: where each pixel comes from (coordinates.py), the two neighbours above and
+the two below as one word of 8 bytes each, then all arithmetic on whole rows, which the compiler turns into vector instructions. Pixels whose
+neighbours are not all inside the image (and the last ones of its last row, after which a word would reach beyond the memory) are put together byte by
+byte. Where a view shows whole pixels (flips, quarter turns, its own size) there are no neighbours; where axes stay axes the columns are found once.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import numpy as np
+from numba import njit
+
+from attar.stages.augment.coordinates import (
+    AFFINE,
+    CONSTANT,
+    OPTIONS,
+    REFLECT,
+    WARPED,
+    affine_row,
+    elastic_rows,
+    fold,
+    locate,
+    projected,
+    warped_row,
+    whole_pixels,
+    window,
+)  # fmt: skip
+from attar.stages.augment.words import brain_bits, byte, half_bits, load8, load32, load64, prefetch
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+TALL = 2**24  # rows of an image that never ends
+AHEAD = 6  # rows of a view between what is computed and what is asked for
+LINE = 64  # bytes that come at once
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _neighbour(image, row, column, border, fill):
+    """One pixel as red + 2⁸ green + 2¹⁶ blue, by the rule of the border."""
+    address, rows, columns, pitch, channels = image
+    if row < 0 or row >= rows or column < 0 or column >= columns:
+        if border == CONSTANT:
+            return np.int64(fill)
+        if border == REFLECT:
+            row, column = row % (2 * rows), column % (2 * columns)
+            row, column = min(row, 2 * rows - 1 - row), min(column, 2 * columns - 1 - column)
+        else:
+            row, column = min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)
+    start = row * pitch + column * channels
+    if channels == 1:
+        return load8(address, start) * 0x010101
+    return load8(address, start) | load8(address, start + 1) << 8 | load8(address, start + 2) << 16
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _gather(image, base, offset, sx, sy, right, low, border, fill, above, below):
+    """The two neighbours above (at base + offset) and the two below: bytes r g b r g b of one word each. What cannot be loaded is put together."""
+    _, _, _, pitch, channels = image
+    lower, outside = base + pitch, 0
+    for x in range(len(offset)):
+        outside += offset[x] < 0
+    if channels == 3 and outside == 0:
+        for x in range(len(offset)):
+            above[x] = load64(base, np.int64(offset[x]))
+        for x in range(len(offset)):
+            below[x] = load64(lower, np.int64(offset[x]))
+        return
+    for x in range(len(offset)):
+        start = np.int64(offset[x])
+        if start < 0:
+            left, top = np.int64(np.floor(sx[x])), np.int64(np.floor(sy[x]))
+            right[x], low[x] = sx[x] - np.floor(sx[x]), sy[x] - np.floor(sy[x])
+            for down in range(2):
+                pair = _neighbour(image, top + down, left, border, fill) | _neighbour(image, top + down, left + 1, border, fill) << 24
+                if down:
+                    below[x] = pair
+                else:
+                    above[x] = pair
+        elif channels == 3:
+            above[x], below[x] = load64(base, start), load64(lower, start)
+        elif channels == 4:
+            above[x], below[x] = _without_alpha(load64(base, start)), _without_alpha(load64(lower, start))
+        else:
+            above[x], below[x] = _two_greys(base, start), _two_greys(lower, start)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _without_alpha(word):
+    return word & 0xFFFFFF | (word >> 32 & 0xFFFFFF) << 24
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _two_greys(address, start):
+    return load8(address, start) * 0x010101 | load8(address, start + 1) * 0x010101 << 24
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _mean(a, b, c, d, u, v):
+    upper, lower = a + u * (b - a), c + u * (d - c)
+    return upper + v * (lower - upper)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _blend(above, below, right, low, red, green, blue):
+    """Bilinear means of words, as pairs of int32: r g b r | g b of the upper two pixels and of the lower two. In 0 … 255."""
+    for x in range(len(right)):
+        a, b, c, d, u, v = above[2 * x], above[2 * x + 1], below[2 * x], below[2 * x + 1], right[x], low[x]
+        red[x] = _mean(byte(a, 0), byte(a, 24), byte(c, 0), byte(c, 24), u, v)
+        green[x] = _mean(byte(a, 8), byte(b, 0), byte(c, 8), byte(d, 0), u, v)
+        blue[x] = _mean(byte(a, 16), byte(b, 8), byte(c, 16), byte(d, 8), u, v)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _pixels(address, start, step, words):
+    """A word of every pixel from `start` on, `step` bytes apart."""
+    for x in range(len(words)):
+        words[x] = load32(address, start + x * step)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _unpack(words, red, green, blue):
+    """Red, green and blue of words of one pixel, in 0 … 255."""
+    for x in range(len(red)):
+        red[x], green[x], blue[x] = byte(words[x], 0), byte(words[x], 8), byte(words[x], 16)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _ask(image, m, offset):
+    """Asks for what a row AHEAD will read, judged by the matrix: rows that are not straight come from too many places for the processor to foresee."""
+    address, _, _, pitch, channels = image
+    away = address + np.int64(np.floor(AHEAD * m[1, 1] / m[2, 2])) * pitch + np.int64(AHEAD * m[0, 1] / m[2, 2]) * channels
+    for x in range(0, len(offset), 4):
+        prefetch(away, np.int64(offset[x]))
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _ask_row(address, first, end):
+    for start in range(min(first, end), max(first, end), LINE):
+        prefetch(address, start)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _pairs(image, base, offset, words):
+    """Every pixel of a row at base + offset with its right neighbour: bytes r g b r g b of one word."""
+    if image[4] == 3:
+        for x in range(len(offset)):
+            words[x] = load64(base, np.int64(offset[x]))
+    elif image[4] == 4:
+        for x in range(len(offset)):
+            words[x] = _without_alpha(load64(base, np.int64(offset[x])))
+    else:
+        for x in range(len(offset)):
+            words[x] = _two_greys(base, np.int64(offset[x]))
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _across(words, right, red, green, blue):
+    """Means of two neighbours in a row, of words as pairs of int32: r g b r | g b. In 0 … 255."""
+    for x in range(len(right)):
+        a, b, u = words[2 * x], words[2 * x + 1], right[x]
+        red[x] = byte(a, 0) + u * (byte(a, 24) - byte(a, 0))
+        green[x] = byte(a, 8) + u * (byte(b, 0) - byte(a, 8))
+        blue[x] = byte(a, 16) + u * (byte(b, 8) - byte(a, 16))
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _down(upper, lower, low, out):
+    for x in range(len(out)):
+        out[x] = upper[x] + low * (lower[x] - upper[x])
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _mix(red, green, blue, colour, view, c, times, plus, made, at):
+    """A channel of the colour map (from 0 … 255 to [0, 1]), clipped, times scale plus shift."""
+    m0, m1, m2, m3 = colour[view, c, 0], colour[view, c, 1], colour[view, c, 2], colour[view, c, 3]
+    zero, one = np.float32(0), np.float32(1)
+    for x in range(len(red)):
+        made[at + np.uint64(x)] = min(max(m0 * red[x] + m1 * green[x] + m2 * blue[x] + m3, zero), one) * times + plus
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _level_table(colour, view, tables, table, given, times, plus, lut):
+    """Level → the table's value, normalised; with `given` from the level before the colour map, which then keeps the channels apart."""
+    for c in range(3):
+        for level in range(256):
+            found = level
+            if given:
+                value = min(max(colour[view, c, c] * np.float32(level) + colour[view, c, 3], np.float32(0)), np.float32(1))
+                found = int(np.float32(255) * value + np.float32(0.5))
+            lut[256 * c + level] = np.float32(tables[table, c, found]) / np.float32(255) * times[c] + plus[c]
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _look_up(row, lut, c, levels, times, made, at):
+    """lut[c, ⌊times row + ½⌋]."""
+    half, first = np.float32(0.5), np.uint64(256 * c)
+    for x in range(len(row)):
+        levels[x] = np.uint8(np.int32(times * row[x] + half))
+    for x in range(len(row)):
+        made[at + np.uint64(x)] = lut[first + np.uint64(levels[x])]
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _pack(values, view, y, height, width, out, bits, kind, last):
+    """A row of values (3, width) in the output's type and layout."""
+    for c in range(3):
+        row, times = values[c], 3 if last else 1
+        start = (view * height + y) * width * 3 + c if last else ((view * 3 + c) * height + y) * width
+        floats, words = (
+            out[start : start + times * width],
+            bits[start : start + times * width],
+        )  # an index from 0 on needs no test for what is below
+        if kind == FLOAT16:
+            for x in range(width):
+                words[times * x] = half_bits(row[x])
+        elif kind == BFLOAT16:
+            for x in range(width):
+                words[times * x] = brain_bits(row[x])
+        elif not last:
+            for x in range(width):
+                floats[x] = row[x]
+    if kind == FLOAT32 and last:
+        start = (view * height + y) * width * 3
+        pixels, red, green, blue = out[start : start + 3 * width], values[0], values[1], values[2]
+        for x in range(width):
+            pixels[3 * x], pixels[3 * x + 1], pixels[3 * x + 2] = red[x], green[x], blue[x]
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _erase_row(box, y, height, width, scale, shift, made, at, apart):
+    """Normalised mid grey where the centre of a pixel lies within the box: in three rows `apart` from each other."""
+    if box[1] * height < y + 0.5 < box[3] * height:
+        first, end = max(int(np.floor(box[0] * width - 0.5)) + 1, 0), min(int(np.ceil(box[2] * width - 0.5)), width)
+        for c in range(3):
+            grey = np.float32(0.5) * scale[c] + shift[c]
+            for x in range(at + c * apart + first, at + c * apart + end):
+                made[x] = grey
+
+
+@njit(**OPTIONS)
+@no_type_check
+def sample_views(
+    first, end, chosen, images, source, matrix, kinds, boxes, warp, elastic, border, fill, colour, plain, alone, table, tables, erase, scale, shift,
+    height, width, out, bits, kind, last, whole, raw,
+):  # fmt: skip
+    """Views chosen[first … end − 1]: sampled, coloured, looked up. Stored erased and normalised in `out` (or `bits`), or with `raw` as values in [0, 1] in
+    `whole` (3, h, w).
+
+    Returns a byte of every array of box means: their memory is held until then.
+    """
+    sx, sy, right, low = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    px, py, across = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    r0, g0, b0 = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    r1, g1, b1 = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    red, green, blue = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    offset, columns_at, levels = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.uint8)
+    above, below, words = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int32)
+    packed, nodes = np.empty((3, width), np.float32), np.empty((2, 5, width), np.float32)
+    upper, lower = above.view(np.int32), below.view(np.int32)
+    m, lut, unit, none = np.empty((3, 3)), np.empty(768, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32)
+    times, plus = (unit, none) if raw else (scale, shift)
+    direct, held = kind == FLOAT32 and not last, 0
+    made = whole.reshape(-1) if raw else (out if direct else packed.reshape(-1))
+    apart = height * width if raw or direct else width
+    for number in range(first, end):
+        view = chosen[number]
+        index = source[view]
+        given = images[index, 0], images[index, 1], images[index, 2], images[index, 3], images[index, 4]
+        image, means = window(given, matrix[view], kinds[view], boxes[view], height, width, m)
+        address, rows, columns, pitch, channels = image
+        exact, col, cx, cy, top, rx, ry = whole_pixels(m, kinds[view], rows, columns, height, width)
+        exact &= channels > 1
+        aligned = kinds[view] == AFFINE and m[0, 1] == 0 and m[1, 0] == 0 and not exact
+        bends = kinds[view] == WARPED and np.any(elastic[view] != 0)
+        tabled, bytewise = table[view] >= 0, exact and alone[view]
+        if tabled:
+            _level_table(colour, view, tables, table[view], bytewise, times, plus, lut)
+        if bends:
+            elastic_rows(elastic[view], nodes)
+        if aligned:
+            affine_row(m, 0, px, sy)
+            fold(px, columns, border)
+            sy[:] = 0
+            locate(px, sy, TALL, columns, 1, channels, columns_at, across, low)
+            aligned = columns_at.min() >= 0
+        even, odd = -1, -1  # rows of the image whose means across are in r0, g0, b0 and in r1, g1, b1
+        for y in range(height):
+            start, step = (top + ry * y) * pitch + (col + cy * y) * channels, rx * pitch + cx * channels
+            furthest = max(start, start + step * (width - 1))
+            if exact and furthest < (rows - 1) * pitch + (columns - 1) * channels:  # a word of the last pixel reaches beyond the memory
+                _pixels(address, start, step, words)
+                _unpack(words, red, green, blue)
+            else:
+                place = np.float32(m[1, 1] * (y + 0.5) + m[1, 2] - 0.5)
+                if aligned and place >= 0 and place < rows - 2:
+                    row = np.int64(place)
+                    share = place - np.float32(row)
+                    later = address + np.int64(np.float32(m[1, 1] * (y + 0.5 + AHEAD) + m[1, 2])) * pitch
+                    _ask_row(later, columns_at[0], columns_at[width - 1])
+                    _ask_row(later + pitch, columns_at[0], columns_at[width - 1])
+                    for wanted in range(row, row + 2):
+                        if wanted & 1 == 0 and even != wanted:
+                            _pairs(image, address + wanted * pitch, columns_at, above)
+                            _across(upper, across, r0, g0, b0)
+                            even = wanted
+                        elif wanted & 1 == 1 and odd != wanted:
+                            _pairs(image, address + wanted * pitch, columns_at, above)
+                            _across(upper, across, r1, g1, b1)
+                            odd = wanted
+                    if row & 1:
+                        share = np.float32(1) - share
+                    _down(r0, r1, share, red)
+                    _down(g0, g1, share, green)
+                    _down(b0, b1, share, blue)
+                else:
+                    if kinds[view] == AFFINE:
+                        affine_row(m, y, sx, sy)
+                    else:
+                        if kinds[view] == WARPED:
+                            warped_row(y, height, width, warp[view], nodes, bends, px, py)
+                        else:
+                            for x in range(width):
+                                px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
+                        projected(m, px, py, sx, sy)
+                    fold(sy, rows, border)
+                    fold(sx, columns, border)
+                    locate(sx, sy, rows, columns, pitch, channels, offset, right, low)
+                    _ask(image, m, offset)
+                    _gather(image, address, offset, sx, sy, right, low, border, fill, above, below)
+                    _blend(upper, lower, right, low, red, green, blue)
+            at = np.uint64(y * width if raw else ((view * 3 * height + y) * width if direct else 0))
+            next_, third = at + np.uint64(apart), at + np.uint64(2 * apart)
+            if tabled:
+                byte_of = np.float32(1)
+                if not plain[view] and not bytewise:
+                    # the general path's last row of an exact view comes here as well, and is looked up by its level before the map
+                    _mix(red, green, blue, colour, view, 0, unit[0], none[0], sx, np.uint64(0))
+                    _mix(red, green, blue, colour, view, 1, unit[0], none[0], sy, np.uint64(0))
+                    _mix(red, green, blue, colour, view, 2, unit[0], none[0], right, np.uint64(0))
+                    byte_of = np.float32(255)
+                    _look_up(sx, lut, 0, levels, byte_of, made, at)
+                    _look_up(sy, lut, 1, levels, byte_of, made, next_)
+                    _look_up(right, lut, 2, levels, byte_of, made, third)
+                else:
+                    _look_up(red, lut, 0, levels, byte_of, made, at)
+                    _look_up(green, lut, 1, levels, byte_of, made, next_)
+                    _look_up(blue, lut, 2, levels, byte_of, made, third)
+            else:
+                _mix(red, green, blue, colour, view, 0, times[0], plus[0], made, at)
+                _mix(red, green, blue, colour, view, 1, times[1], plus[1], made, next_)
+                _mix(red, green, blue, colour, view, 2, times[2], plus[2], made, third)
+            if not raw:
+                if erase[view, 3] > erase[view, 1]:
+                    _erase_row(erase[view], y, height, width, scale, shift, made, np.int64(at), apart)
+                if not direct:
+                    _pack(packed, view, y, height, width, out, bits, kind, last)
+        if means.size > 0:
+            held += means[0, 0, 0]
+    return held
+
+
+@njit(**OPTIONS)
+@no_type_check
+def store_view(whole, erase, view, scale, shift, out, bits, kind, last):
+    """A view of values (3, height, width), clipped to [0, 1], erased and normalised into the output."""
+    _, height, width = whole.shape
+    zero, one = np.float32(0), np.float32(1)
+    values = np.empty((3, width), np.float32)
+    for y in range(height):
+        for c in range(3):
+            row, made, times, plus = whole[c, y], values[c], scale[c], shift[c]
+            for x in range(width):
+                made[x] = min(max(row[x], zero), one) * times + plus
+        _erase_row(erase, y, height, width, scale, shift, values.reshape(-1), 0, width)
+        _pack(values, view, y, height, width, out, bits, kind, last)
