@@ -207,7 +207,7 @@ def test_a_closed_stdout_is_not_a_failure(files: int, finished: Finished) -> Non
 
 def test_ctrl_c_then_the_same_command(photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    command = attar_command("embed", root, "--data", photos, "--self-steps", "80", "--self-width", "8", "--batch-size", "32")
+    command = attar_command("embed", root, "--data", photos, "--self-steps", "400", "--self-width", "16", "--batch-size", "32")
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(root.glob(".partial/embed-*")) and time.monotonic() < deadline:

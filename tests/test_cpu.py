@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from attar.records import Dial
-from attar.stages.augment import cpu, reference
+from attar.stages.augment import coordinates, cpu, reference
 from attar.stages.augment.catalogue import FAMILIES, TRANSFORMS
 from attar.stages.augment.plan import Plan, sample
 
@@ -260,3 +260,64 @@ def test_equalise_spreads_the_levels_evenly() -> None:
     )
     flat = np.full((64, 64, 3), 7, np.uint8)
     np.testing.assert_allclose(cpu.execute([flat], plan).numpy(), 7 / 255, atol=1e-6)
+
+
+WHOLE = {"flip": ([-1, 0, 44], [0, 1, 0]), "turn": ([0, -1, 40], [1, 0, 2]), "moved": ([1, 0, 3], [0, 1, 2])}
+STRAIGHT = {"shrunk": ([1.4, 0, 0.7], [0, 1.3, 1.2]), "grown": ([0.3, 0, 9.1], [0, 0.4, 3.3]), "beyond": ([-1.1, 0, 47], [0, 1.6, -5])}
+
+
+def by_matrix(rows: tuple[list[float], list[float]], **changes: Any) -> Plan:
+    """A view of 24 x 32 of an image of 40 x 44."""
+    border = changes.pop("border", "reflect")
+    plan = plan_of((), sizes=[(40, 44)], border=border)
+    return plan._replace(matrix=np.array([[*rows, [0, 0, 1]]], np.float64), **changes)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", [*WHOLE, *STRAIGHT])
+def test_views_of_whole_pixels_and_of_straight_axes_are_what_the_general_path_makes_of_them(name: str, channels: int) -> None:
+    image = picture(40, 44, channels)
+    shown = image.repeat(3, 2) if channels == 1 else np.ascontiguousarray(image[:, :, :3])
+    mixed = np.array([[[0.5, 0.2, 0.1, 0.1], [0, 1.4, 0, -0.1], [0.3, 0, -0.5, 0.6]]], np.float32)
+    for border in ("reflect", "edge", "constant"):
+        for colour in (np.eye(3, 4, dtype=np.float32)[None], mixed):
+            plan = by_matrix((WHOLE | STRAIGHT)[name], border=border, colour=colour)
+            slanted = plan.matrix.copy()
+            slanted[0, :2, :2] += 1e-7
+            slanted[0, 0, 2] += 2e-4
+            assert coordinates.whole_pixels(plan.matrix[0], 0, 40, 44, 24, 32)[0] == (name in WHOLE)
+            assert not coordinates.whole_pixels(slanted[0], 0, 40, 44, 24, 32)[0]
+            general = cpu.execute([image], plan._replace(matrix=slanted))
+            np.testing.assert_allclose(cpu.execute([image], plan), general, atol=1e-3)
+            assert difference(plan, [image], [shown]).max() < CLOSE
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *STRAIGHT])
+def test_one_table_stands_for_colour_and_table_where_bytes_are_copied(name: str) -> None:
+    image, rng = picture(40, 44), np.random.default_rng(0)
+    tables = rng.integers(0, 256, (1, 3, 256)).astype(np.uint8)
+    colours = {"none": np.eye(3, 4), "negative": -np.eye(3, 4), "brighter": 1.3 * np.eye(3, 4)}
+    colours["negative"][:, 3], colours["brighter"][:, 3] = 1, -0.101
+    for colour in colours.values():
+        plan = by_matrix((WHOLE | STRAIGHT)[name], table=np.zeros(1, int), tables=tables, colour=colour.astype(np.float32)[None])
+        error = difference(plan, [image])
+        if name in WHOLE:
+            assert error.max() < 1e-6
+        else:  # a random table makes much of a level that is rounded to the other side
+            assert (error > 1e-6).mean() < 0.01
+
+
+def test_an_output_is_written_over_only_when_nothing_holds_its_memory() -> None:
+    plans = [plan_of(("geometry",), seed, sizes=[(37, 50)] * 3) for seed in range(6)]
+    images = [picture(37, 50)] * 3
+    expected = [cpu.execute(images, plan).clone() for plan in plans]
+    held = [cpu.execute(images, plan)[1].numpy() for plan in plans]  # what shares the memory, not the tensor itself
+    for part, whole in zip(held, expected):
+        assert np.array_equal(part, whole[1])
+    del held, part
+    first = cpu._memory(12_345, np.dtype(np.float32))
+    place = first.ctypes.data
+    second = cpu._memory(12_345, np.dtype(np.float32))
+    assert not np.shares_memory(first, second)
+    del first
+    assert cpu._memory(12_345, np.dtype(np.float32)).ctypes.data == place

@@ -121,6 +121,13 @@ def test_without_a_measurable_difference_the_cheaper_wins() -> None:
     assert same.winner == same.best, "equal costs are decided by the score"
 
 
+def test_a_lack_of_evidence_is_no_equality() -> None:
+    noisy = {"good": np.array([1.0, -0.2]), "free": np.array([-0.9, 0.9])}
+    found = r.decide(noisy, {"good": 5.0, "free": 1.0})
+    assert found.against["free"]["p"] > r.LEVEL, "two seeds prove nothing"
+    assert (found.winner, found.equals) == ("good", ("good",))
+
+
 def test_the_correction_counts_all_comparisons() -> None:
     """A difference that one comparison would call measurable is none among many."""
     rng = np.random.default_rng(5)
@@ -144,3 +151,4 @@ def test_verdicts_do_not_depend_on_units(change: Callable[[Any], Any]) -> None:
     scores, costs = _found(a=0.0, b=0.02, c=-0.5), {"a": 1.0, "b": 2.0, "c": 1.0}
     one, other = r.decide(scores, costs), r.decide({name: change(values) for name, values in scores.items()}, costs)
     assert one[:3] == other[:3]
+    assert [row["p"] for row in one.against.values()] == pytest.approx([row["p"] for row in other.against.values()])

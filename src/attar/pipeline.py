@@ -21,8 +21,9 @@ from attar.data import absolute
 from attar.errors import BudgetNotReached, UsageError, WorkspaceError
 from attar.formats import read_json
 from attar.models import sources
+from attar.stages.augment.catalogue import POLICIES
 from attar.stages.augment.generate import generated
-from attar.stages.augment.policy import augment
+from attar.stages.augment.policy import augment, policy_fingerprint
 from attar.stages.cluster import cluster
 from attar.stages.compress.feed import ItemFeed
 from attar.stages.compress.search import compress
@@ -62,10 +63,22 @@ def _report(*given: Any) -> r.Page:
 
 SPINE: dict[str, Stage] = {
     "scan": Stage(make=scan, record=r.Items, settings=("data",), fingerprint=fingerprint),
-    "embed": Stage(make=embed, record=r.Vectors, needs=("scan",), settings=("model", "embed", "augment"), fingerprint=sources.fingerprint),
+    "embed": Stage(
+        make=embed,
+        record=r.Vectors,
+        needs=("scan",),
+        settings=("model", "embed", "augment"),
+        fingerprint=lambda model, embed, augment: [*sources.fingerprint(model), *policy_fingerprint(augment)],
+    ),
     "cluster": Stage(make=cluster, record=r.Clusters, needs=("scan", "embed"), settings=("cluster",)),
     "curate": Stage(make=curate, record=r.Selection, needs=("scan", "embed", "cluster"), settings=("curate",)),
-    "augment": Stage(make=_augment, record=r.Policy, needs=("scan", "embed", "cluster", "curate"), settings=("augment", "generate")),
+    "augment": Stage(
+        make=_augment,
+        record=r.Policy,
+        needs=("scan", "embed", "cluster", "curate"),
+        settings=("augment", "generate"),
+        fingerprint=lambda augment, generate: policy_fingerprint(augment),
+    ),
     "train": Stage(make=train, record=r.Model, needs=("scan", "embed", "cluster", "curate", "augment"), settings=("train", "embed")),
     "compress": Stage(
         make=_compress,
@@ -136,11 +149,12 @@ def run_config(config: Config, *, until: str = "report", quiet: bool = False) ->
 
 def _anchored(config: Config) -> Config:
     """The settings with absolute paths, so that a run can be continued from any folder; raises UsageError for an unknown model source."""
-    weights, labels, student = config.model.weights, config.evaluate.labels, config.compress.student
+    weights, labels, student, named = config.model.weights, config.evaluate.labels, config.compress.student, config.augment.policy
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, data=absolute(config.data.data)),
         model=dataclasses.replace(config.model, model=_anchored_source(config.model.model), weights=weights and absolute(weights)),
+        augment=dataclasses.replace(config.augment, policy=named if named in POLICIES else named and absolute(named)),
         compress=dataclasses.replace(config.compress, student=student and _anchored_source(student)),
         evaluate=dataclasses.replace(config.evaluate, labels=labels if labels == "folders" else labels and absolute(labels)),
     )

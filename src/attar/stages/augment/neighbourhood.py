@@ -17,7 +17,9 @@ from attar.stages.augment.words import add32, exponent, mantissa, scramble, uppe
 
 OPTIONS = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 AT_ONCE = 3
-"""Pairs of taps that `_add_taps` adds."""
+"""Pairs of taps that `_weighted` adds to a sum in one pass."""
+TILE = 32
+"""Columns of what `jpeg` transforms at once."""
 PLAIN = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
 DCT = dct_matrix().astype(np.float32)
 _YCC, _RGB = TO_YCC.astype(np.float32), TO_RGB.astype(np.float32)
@@ -98,43 +100,62 @@ def blur(whole, spare, kernel, amount):
     """The Gaussian G(v) of half a kernel for an amount below 0, else v + amount (v − G(v))."""
     _, height, width = whole.shape
     reach = len(kernel) - 1
+    taps = 2 * reach + 1
     padded, mean = np.empty(width + 2 * reach, np.float32), np.empty(width, np.float32)
+    values, flat, start = whole.reshape(-1), spare.reshape(-1), np.arange(taps)
+    columns, rows = np.empty(width + 2 * reach, np.int64), np.empty(height + 2 * reach, np.int64)
+    for x in range(width + 2 * reach):
+        columns[x] = _mirrored(x - reach, width)
+    for y in range(height + 2 * reach):
+        rows[y] = _mirrored(y - reach, height) * width
     for c in range(3):
         for y in range(height):
-            row, out = whole[c, y], spare[y]
+            at = np.uint64((c * height + y) * width)
+            for x in range(reach):
+                padded[x], padded[width + reach + x] = whole[c, y, columns[x]], whole[c, y, columns[width + reach + x]]
             for x in range(width):
-                padded[reach + x] = row[x]
-            for j in range(1, reach + 1):
-                padded[reach - j] = row[_mirrored(-j, width)]
-                padded[reach + width - 1 + j] = row[_mirrored(width - 1 + j, width)]
-            for x in range(width):
-                out[x] = kernel[0] * row[x]
-            for j in range(1, reach + 1, 3):
-                k = reach - j
-                _add_taps(
-                    padded[k : k + width], padded[k + 2 * j :][:width], kernel[j],
-                    padded[k - 1 : k - 1 + width], padded[k + 2 * j + 1 :][:width], kernel[j + 1],
-                    padded[k - 2 : k - 2 + width], padded[k + 2 * j + 2 :][:width], kernel[j + 2], out,
-                )  # fmt: skip
+                padded[np.uint64(reach + x)] = values[at + np.uint64(x)]
+            _weighted(padded, start, 0, kernel, flat, np.uint64(y * width), width)
         for y in range(height):
-            row, centre = whole[c, y], spare[y]
-            for x in range(width):
-                mean[x] = kernel[0] * centre[x]
-            for j in range(1, reach + 1, 3):
-                _add_taps(
-                    spare[_mirrored(y - j, height)], spare[_mirrored(y + j, height)], kernel[j],
-                    spare[_mirrored(y - j - 1, height)], spare[_mirrored(y + j + 1, height)], kernel[j + 1],
-                    spare[_mirrored(y - j - 2, height)], spare[_mirrored(y + j + 2, height)], kernel[j + 2], mean,
-                )  # fmt: skip
-            for x in range(width):
-                row[x] = mean[x] if amount < 0 else row[x] + amount * (row[x] - mean[x])
+            at = np.uint64((c * height + y) * width)
+            if amount < 0:
+                _weighted(flat, rows, y, kernel, values, at, width)
+            else:
+                _weighted(flat, rows, y, kernel, mean, np.uint64(0), width)
+                for x in range(width):
+                    values[at + np.uint64(x)] += amount * (values[at + np.uint64(x)] - mean[x])
 
 
 @njit(**OPTIONS)
 @no_type_check
-def _add_taps(before_1, after_1, tap_1, before_2, after_2, tap_2, before_3, after_3, tap_3, out):
-    for x in range(len(out)):
-        out[x] += tap_1 * (before_1[x] + after_1[x]) + tap_2 * (before_2[x] + after_2[x]) + tap_3 * (before_3[x] + after_3[x])
+def _weighted(values, start, first, kernel, out, at, width):
+    """Sum of the runs of values that begin at start[first], start[first + 1], …, weighted by half a kernel."""
+    reach, centre = len(kernel) - 1, kernel[0]
+    middle = first + reach
+    if reach == 0:
+        for i in range(width):
+            out[at + np.uint64(i)] = centre * values[np.uint64(start[middle] + i)]
+    for j in range(1, reach + 1, AT_ONCE):
+        tap_1, tap_2, tap_3 = kernel[j], kernel[j + 1], kernel[j + 2]
+        a, b, c = np.uint64(start[middle - j]), np.uint64(start[middle - j - 1]), np.uint64(start[middle - j - 2])
+        d, e, f = np.uint64(start[middle + j]), np.uint64(start[middle + j + 1]), np.uint64(start[middle + j + 2])
+        if j == 1:
+            m = np.uint64(start[middle])
+            for i in range(width):
+                x = np.uint64(i)
+                out[at + x] = centre * values[m + x] + (
+                    tap_1 * (values[a + x] + values[d + x])
+                    + tap_2 * (values[b + x] + values[e + x])
+                    + tap_3 * (values[c + x] + values[f + x])
+                )
+        else:
+            for i in range(width):
+                x = np.uint64(i)
+                out[at + x] += (
+                    tap_1 * (values[a + x] + values[d + x])
+                    + tap_2 * (values[b + x] + values[e + x])
+                    + tap_3 * (values[c + x] + values[f + x])
+                )
 
 
 @njit(**OPTIONS)
@@ -168,108 +189,130 @@ def add_noise(whole, seed, std):
 @njit(**OPTIONS)
 @no_type_check
 def jpeg(whole, steps):
-    """Bands of eight rows: to YCbCr, transformed along columns and rows, rounded to steps, and back."""
+    """reference.jpeg, by tiles of 8 × TILE values, flat: rows TILE apart, a distance that the compiler knows."""
     _, height, width = whole.shape
-    wide = (width + 7) // 8 * 8
-    band, other, turned = np.empty((3, 8, wide), np.float32), np.empty((8, wide), np.float32), np.empty((8, 8), np.float32)
-    for k in range(8):
-        for x in range(8):
-            turned[x, k] = DCT[k, x]
+    values = whole.reshape(-1)
+    luma, cb, cr, other = (
+        np.empty(8 * TILE, np.float32),
+        np.empty(8 * TILE, np.float32),
+        np.empty(8 * TILE, np.float32),
+        np.empty(8 * TILE, np.float32),
+    )
+    step = np.empty((3, 8 * TILE), np.float32)
+    for c in range(3):
+        for k in range(8):
+            for x in range(TILE):
+                step[c, k * TILE + x] = steps[c, x & 7, k]  # blocks are turned over when their values are rounded
+    step0, step1, step2 = step[0], step[1], step[2]
+    red, green, blue = np.empty(8 * TILE, np.float32), np.empty(8 * TILE, np.float32), np.empty(8 * TILE, np.float32)
     for top in range(0, height, 8):
-        for y in range(8):
-            row = min(top + y, height - 1)
-            _to_ycc(whole[0, row], whole[1, row], whole[2, row], band[0, y], band[1, y], band[2, y])
-        for c in range(3):
-            _columns(band[c], other)
-            for k in range(8):
-                _along(other[k], turned, band[c, k])
-                _round_to(band[c, k], steps[c, k])
-                _along(band[c, k], DCT, other[k])
-            _columns_back(other, band[c])
-        for y in range(min(8, height - top)):
-            _to_rgb(band[0, y], band[1, y], band[2, y], whole[0, top + y], whole[1, top + y], whole[2, top + y])
+        for left in range(0, width, TILE):
+            _take(values, height, width, 0, top, left, red)
+            _take(values, height, width, 1, top, left, green)
+            _take(values, height, width, 2, top, left, blue)
+            _weigh(red, green, blue, _YCC[0], np.float32(255), np.float32(-128), luma)
+            _weigh(red, green, blue, _YCC[1], np.float32(255), np.float32(0), cb)
+            _weigh(red, green, blue, _YCC[2], np.float32(255), np.float32(0), cr)
+            _coarsen(luma, other, step0)
+            _coarsen(cb, other, step1)
+            _coarsen(cr, other, step2)
+            level = np.float32(128 / 255)
+            _weigh(luma, cb, cr, _RGB[0], np.float32(1 / 255), level, red)
+            _weigh(luma, cb, cr, _RGB[1], np.float32(1 / 255), level, green)
+            _weigh(luma, cb, cr, _RGB[2], np.float32(1 / 255), level, blue)
+            _put(red, values, height, width, 0, top, left)
+            _put(green, values, height, width, 1, top, left)
+            _put(blue, values, height, width, 2, top, left)
 
 
 @njit(**OPTIONS)
 @no_type_check
-def _to_ycc(red, green, blue, luma, cb, cr):
-    m00, m01, m02 = _YCC[0, 0], _YCC[0, 1], _YCC[0, 2]
-    m10, m11, m12 = _YCC[1, 0], _YCC[1, 1], _YCC[1, 2]
-    m20, m21, m22 = _YCC[2, 0], _YCC[2, 1], _YCC[2, 2]
-    white, width = np.float32(255), len(red)
-    for x in range(width):
-        r, g, b = white * red[x], white * green[x], white * blue[x]
-        luma[x] = m00 * r + m01 * g + m02 * b - np.float32(128)
-        cb[x] = m10 * r + m11 * g + m12 * b
-        cr[x] = m20 * r + m21 * g + m22 * b
-    for x in range(width, len(luma)):
-        luma[x], cb[x], cr[x] = luma[width - 1], cb[width - 1], cr[width - 1]
+def _take(values, height, width, c, top, left, tile):
+    """A tile of one channel; the edge's values continue beyond it."""
+    there = min(TILE, width - left)
+    for y in range(8):
+        start, first = np.uint64((c * height + min(top + y, height - 1)) * width + left), np.uint64(y * TILE)
+        for x in range(there):
+            tile[first + np.uint64(x)] = values[start + np.uint64(x)]
+        for x in range(there, TILE):
+            tile[first + np.uint64(x)] = values[start + np.uint64(there - 1)]
 
 
 @njit(**OPTIONS)
 @no_type_check
-def _to_rgb(luma, cb, cr, red, green, blue):
-    m02, m11, m12, m21 = _RGB[0, 2], _RGB[1, 1], _RGB[1, 2], _RGB[2, 1]
-    unit = np.float32(1 / 255)
-    for x in range(len(red)):
-        y = luma[x] + np.float32(128)
-        red[x] = (y + m02 * cr[x]) * unit
-        green[x] = (y + m11 * cb[x] + m12 * cr[x]) * unit
-        blue[x] = (y + m21 * cb[x]) * unit
+def _put(tile, values, height, width, c, top, left):
+    for y in range(min(8, height - top)):
+        start, first = np.uint64((c * height + top + y) * width + left), np.uint64(y * TILE)
+        for x in range(min(TILE, width - left)):
+            values[start + np.uint64(x)] = tile[first + np.uint64(x)]
 
 
 @njit(**OPTIONS)
 @no_type_check
-def _columns(rows, out):
-    """DCT-II along the columns of (8, n): sums and differences of the halves, then 4 × 4 products of each."""
+def _weigh(a, b, c, weights, times, plus, out):
+    p, q, r = times * weights[0], times * weights[1], times * weights[2]
+    for x in range(8 * TILE):
+        out[x] = p * a[x] + q * b[x] + r * c[x] + plus
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _coarsen(tile, other, steps):
+    """What is left of a tile of 8 × 8 blocks when its coefficients are rounded to steps, in place."""
+    _transform(tile, other)
+    _turn_over(other, tile)
+    _transform(tile, other)
+    for x in range(8 * TILE):
+        other[x] = np.floor(other[x] / steps[x] + np.float32(0.5)) * steps[x]
+    _transform_back(other, tile)
+    _turn_over(tile, other)
+    _transform_back(other, tile)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _turn_over(tile, out):
+    """Every 8 × 8 block transposed."""
+    for left in range(0, TILE, 8):
+        for i in range(8):
+            for j in range(8):
+                out[np.uint64(j * TILE + left + i)] = tile[np.uint64(i * TILE + left + j)]
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _transform(v, out):
+    """DCT-II along the columns: sums and differences of the halves, then 4 × 4 products of each."""
     d = DCT
-    for x in range(rows.shape[1]):
-        a, b, c, e = rows[0, x] + rows[7, x], rows[1, x] + rows[6, x], rows[2, x] + rows[5, x], rows[3, x] + rows[4, x]
-        p, q, r, s = rows[0, x] - rows[7, x], rows[1, x] - rows[6, x], rows[2, x] - rows[5, x], rows[3, x] - rows[4, x]
-        out[0, x] = d[0, 0] * (a + e + b + c)
-        out[4, x] = d[4, 0] * (a + e - b - c)
-        out[2, x] = d[2, 0] * (a - e) + d[2, 1] * (b - c)
-        out[6, x] = d[6, 0] * (a - e) + d[6, 1] * (b - c)
-        out[1, x] = d[1, 0] * p + d[1, 1] * q + d[1, 2] * r + d[1, 3] * s
-        out[3, x] = d[3, 0] * p + d[3, 1] * q + d[3, 2] * r + d[3, 3] * s
-        out[5, x] = d[5, 0] * p + d[5, 1] * q + d[5, 2] * r + d[5, 3] * s
-        out[7, x] = d[7, 0] * p + d[7, 1] * q + d[7, 2] * r + d[7, 3] * s
+    for x in range(TILE):
+        v0, v1, v2, v3 = v[x], v[TILE + x], v[2 * TILE + x], v[3 * TILE + x]
+        v4, v5, v6, v7 = v[4 * TILE + x], v[5 * TILE + x], v[6 * TILE + x], v[7 * TILE + x]
+        a, b, c, e = v0 + v7, v1 + v6, v2 + v5, v3 + v4
+        p, q, r, s = v0 - v7, v1 - v6, v2 - v5, v3 - v4
+        out[x] = d[0, 0] * (a + e + b + c)
+        out[4 * TILE + x] = d[4, 0] * (a + e - b - c)
+        out[2 * TILE + x] = d[2, 0] * (a - e) + d[2, 1] * (b - c)
+        out[6 * TILE + x] = d[6, 0] * (a - e) + d[6, 1] * (b - c)
+        out[TILE + x] = d[1, 0] * p + d[1, 1] * q + d[1, 2] * r + d[1, 3] * s
+        out[3 * TILE + x] = d[3, 0] * p + d[3, 1] * q + d[3, 2] * r + d[3, 3] * s
+        out[5 * TILE + x] = d[5, 0] * p + d[5, 1] * q + d[5, 2] * r + d[5, 3] * s
+        out[7 * TILE + x] = d[7, 0] * p + d[7, 1] * q + d[7, 2] * r + d[7, 3] * s
 
 
 @njit(**OPTIONS)
 @no_type_check
-def _columns_back(rows, out):
-    """The inverse of `_columns`."""
+def _transform_back(v, out):
+    """The inverse of `_transform`."""
     d = DCT
-    for x in range(rows.shape[1]):
-        sum_, gap = d[0, 0] * (rows[0, x] + rows[4, x]), d[0, 0] * (rows[0, x] - rows[4, x])
-        wide, narrow = d[2, 0] * rows[2, x] + d[6, 0] * rows[6, x], d[2, 1] * rows[2, x] + d[6, 1] * rows[6, x]
+    for x in range(TILE):
+        v0, v1, v2, v3 = v[x], v[TILE + x], v[2 * TILE + x], v[3 * TILE + x]
+        v4, v5, v6, v7 = v[4 * TILE + x], v[5 * TILE + x], v[6 * TILE + x], v[7 * TILE + x]
+        sum_, gap = d[0, 0] * (v0 + v4), d[0, 0] * (v0 - v4)
+        wide, narrow = d[2, 0] * v2 + d[6, 0] * v6, d[2, 1] * v2 + d[6, 1] * v6
         a, b, c, e = sum_ + wide, gap + narrow, gap - narrow, sum_ - wide
-        r1, r3, r5, r7 = rows[1, x], rows[3, x], rows[5, x], rows[7, x]
-        p = d[1, 0] * r1 + d[3, 0] * r3 + d[5, 0] * r5 + d[7, 0] * r7
-        q = d[1, 1] * r1 + d[3, 1] * r3 + d[5, 1] * r5 + d[7, 1] * r7
-        r = d[1, 2] * r1 + d[3, 2] * r3 + d[5, 2] * r5 + d[7, 2] * r7
-        s = d[1, 3] * r1 + d[3, 3] * r3 + d[5, 3] * r5 + d[7, 3] * r7
-        out[0, x], out[7, x], out[1, x], out[6, x] = a + p, a - p, b + q, b - q
-        out[2, x], out[5, x], out[3, x], out[4, x] = c + r, c - r, e + s, e - s
-
-
-@njit(**OPTIONS)
-@no_type_check
-def _along(row, matrix, out):
-    """Each eight values of a row times an 8 × 8 matrix."""
-    m0, m1, m2, m3, m4, m5, m6, m7 = matrix[0], matrix[1], matrix[2], matrix[3], matrix[4], matrix[5], matrix[6], matrix[7]
-    for left in range(0, len(row), 8):
-        block, made = row[left : left + 8], out[left : left + 8]
-        a, b, c, d, e, f, g, h = block[0], block[1], block[2], block[3], block[4], block[5], block[6], block[7]
-        for k in range(8):
-            made[k] = a * m0[k] + b * m1[k] + c * m2[k] + d * m3[k] + e * m4[k] + f * m5[k] + g * m6[k] + h * m7[k]
-
-
-@njit(**OPTIONS)
-@no_type_check
-def _round_to(row, steps):
-    for left in range(0, len(row), 8):
-        block = row[left : left + 8]
-        for k in range(8):
-            block[k] = np.floor(block[k] / steps[k] + np.float32(0.5)) * steps[k]
+        p = d[1, 0] * v1 + d[3, 0] * v3 + d[5, 0] * v5 + d[7, 0] * v7
+        q = d[1, 1] * v1 + d[3, 1] * v3 + d[5, 1] * v5 + d[7, 1] * v7
+        r = d[1, 2] * v1 + d[3, 2] * v3 + d[5, 2] * v5 + d[7, 2] * v7
+        s = d[1, 3] * v1 + d[3, 3] * v3 + d[5, 3] * v5 + d[7, 3] * v7
+        out[x], out[7 * TILE + x], out[TILE + x], out[6 * TILE + x] = a + p, a - p, b + q, b - q
+        out[2 * TILE + x], out[5 * TILE + x], out[3 * TILE + x], out[4 * TILE + x] = c + r, c - r, e + s, e - s

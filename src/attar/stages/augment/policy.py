@@ -62,7 +62,7 @@ def starting_policy(items: Items, settings: config.Augment, job: Job) -> Policy:
     return pinned(Policy(families=families, method="defaults, mirror probe", evidence=(evidence,)), settings)
 
 
-def fingerprint(settings: config.Augment) -> list[str]:
+def policy_fingerprint(settings: config.Augment) -> list[str]:
     """Hash of the policy file that was named, so that a changed one is noticed."""
     return [file_digest(Path(settings.policy))] if settings.policy and settings.policy not in POLICIES else []
 

@@ -3,7 +3,11 @@
 A row of a view goes through small buffers that stay in the nearest cache: where each pixel comes from (coordinates.py), the two neighbours above and
 the two below as one word of 8 bytes each, then all arithmetic on whole rows, which the compiler turns into vector instructions. Pixels whose
 neighbours are not all inside the image (and the last ones of its last row, after which a word would reach beyond the memory) are put together byte by
-byte. Where a view shows whole pixels (flips, quarter turns, its own size) there are no neighbours; where axes stay axes the columns are found once.
+byte. Where a view shows whole pixels (flips, quarter turns, its own size) there are no neighbours; where axes stay axes the columns are found once and
+means across are kept from one row to the next.
+
+Within the rows of a view nothing is sliced (a slice counts references, by instructions that lock memory), and what a row needs is asked for some rows
+before: photos lie in main memory, and a turned row reads from many places.
 """
 
 from __future__ import annotations
@@ -122,8 +126,13 @@ def _blend(above, below, right, low, red, green, blue):
 @no_type_check
 def _pixels(address, start, step, words):
     """A word of every pixel from `start` on, `step` bytes apart."""
-    for x in range(len(words)):
-        words[x] = load32(address, start + x * step)
+    if step < 0:
+        last = np.uint64(len(words) - 1)
+        for x in range(len(words)):
+            words[last - np.uint64(x)] = load32(address, start + (len(words) - 1 - x) * step)
+    else:
+        for x in range(len(words)):
+            words[x] = load32(address, start + x * step)
 
 
 @njit(**OPTIONS)
@@ -192,6 +201,15 @@ def _mix(red, green, blue, colour, view, c, times, plus, made, at):
     zero, one = np.float32(0), np.float32(1)
     for x in range(len(red)):
         made[at + np.uint64(x)] = min(max(m0 * red[x] + m1 * green[x] + m2 * blue[x] + m3, zero), one) * times + plus
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _recolour(red, green, blue, colour, view, times, plus, made, at, apart):
+    """The three channels, in rows `apart` from each other; a loop each, for few possible overlaps of what it reads and writes."""
+    _mix(red, green, blue, colour, view, 0, times[0], plus[0], made, at)
+    _mix(red, green, blue, colour, view, 1, times[1], plus[1], made, at + np.uint64(apart))
+    _mix(red, green, blue, colour, view, 2, times[2], plus[2], made, at + np.uint64(2 * apart))
 
 
 @njit(**OPTIONS)
@@ -275,7 +293,7 @@ def sample_views(
     red, green, blue = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     offset, columns_at, levels = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.uint8)
     above, below, words = np.empty(width, np.int64), np.empty(width, np.int64), np.empty(width, np.int32)
-    packed, nodes = np.empty((3, width), np.float32), np.empty((2, 5, width), np.float32)
+    packed, mixed, nodes = np.empty((3, width), np.float32), np.empty(3 * width, np.float32), np.empty((2, 5, width), np.float32)
     upper, lower = above.view(np.int32), below.view(np.int32)
     m, lut, unit, none = np.empty((3, 3)), np.empty(768, np.float32), np.ones(3, np.float32), np.zeros(3, np.float32)
     times, plus = (unit, none) if raw else (scale, shift)
@@ -308,6 +326,9 @@ def sample_views(
             start, step = (top + ry * y) * pitch + (col + cy * y) * channels, rx * pitch + cx * channels
             furthest = max(start, start + step * (width - 1))
             if exact and furthest < (rows - 1) * pitch + (columns - 1) * channels:  # a word of the last pixel reaches beyond the memory
+                if rx == 0:
+                    away = start + AHEAD * ry * pitch
+                    _ask_row(address, away, away + step * (width - 1))
                 _pixels(address, start, step, words)
                 _unpack(words, red, green, blue)
             else:
@@ -349,26 +370,17 @@ def sample_views(
                     _gather(image, address, offset, sx, sy, right, low, border, fill, above, below)
                     _blend(upper, lower, right, low, red, green, blue)
             at = np.uint64(y * width if raw else ((view * 3 * height + y) * width if direct else 0))
-            next_, third = at + np.uint64(apart), at + np.uint64(2 * apart)
-            if tabled:
-                byte_of = np.float32(1)
-                if not plain[view] and not bytewise:
-                    # the general path's last row of an exact view comes here as well, and is looked up by its level before the map
-                    _mix(red, green, blue, colour, view, 0, unit[0], none[0], sx, np.uint64(0))
-                    _mix(red, green, blue, colour, view, 1, unit[0], none[0], sy, np.uint64(0))
-                    _mix(red, green, blue, colour, view, 2, unit[0], none[0], right, np.uint64(0))
-                    byte_of = np.float32(255)
-                    _look_up(sx, lut, 0, levels, byte_of, made, at)
-                    _look_up(sy, lut, 1, levels, byte_of, made, next_)
-                    _look_up(right, lut, 2, levels, byte_of, made, third)
-                else:
-                    _look_up(red, lut, 0, levels, byte_of, made, at)
-                    _look_up(green, lut, 1, levels, byte_of, made, next_)
-                    _look_up(blue, lut, 2, levels, byte_of, made, third)
+            if tabled and (plain[view] or bytewise):
+                _look_up(red, lut, 0, levels, np.float32(1), made, at)
+                _look_up(green, lut, 1, levels, np.float32(1), made, at + np.uint64(apart))
+                _look_up(blue, lut, 2, levels, np.float32(1), made, at + np.uint64(2 * apart))
+            elif tabled:
+                _recolour(red, green, blue, colour, view, unit, none, mixed, np.uint64(0), width)
+                _look_up(mixed[:width], lut, 0, levels, np.float32(255), made, at)
+                _look_up(mixed[width : 2 * width], lut, 1, levels, np.float32(255), made, at + np.uint64(apart))
+                _look_up(mixed[2 * width :], lut, 2, levels, np.float32(255), made, at + np.uint64(2 * apart))
             else:
-                _mix(red, green, blue, colour, view, 0, times[0], plus[0], made, at)
-                _mix(red, green, blue, colour, view, 1, times[1], plus[1], made, next_)
-                _mix(red, green, blue, colour, view, 2, times[2], plus[2], made, third)
+                _recolour(red, green, blue, colour, view, times, plus, made, at, apart)
             if not raw:
                 if erase[view, 3] > erase[view, 1]:
                     _erase_row(erase[view], y, height, width, scale, shift, made, np.int64(at), apart)
@@ -384,12 +396,22 @@ def sample_views(
 def store_view(whole, erase, view, scale, shift, out, bits, kind, last):
     """A view of values (3, height, width), clipped to [0, 1], erased and normalised into the output."""
     _, height, width = whole.shape
-    zero, one = np.float32(0), np.float32(1)
-    values = np.empty((3, width), np.float32)
+    values, packed = whole.reshape(-1), np.empty((3, width), np.float32)
+    direct = kind == FLOAT32 and not last
+    made, apart = (out, height * width) if direct else (packed.reshape(-1), width)
     for y in range(height):
+        at = (view * 3 * height + y) * width if direct else 0
         for c in range(3):
-            row, made, times, plus = whole[c, y], values[c], scale[c], shift[c]
-            for x in range(width):
-                made[x] = min(max(row[x], zero), one) * times + plus
-        _erase_row(erase, y, height, width, scale, shift, values.reshape(-1), 0, width)
-        _pack(values, view, y, height, width, out, bits, kind, last)
+            _clip(values, np.uint64((c * height + y) * width), width, scale[c], shift[c], made, np.uint64(at + c * apart))
+        if erase[3] > erase[1]:
+            _erase_row(erase, y, height, width, scale, shift, made, at, apart)
+        if not direct:
+            _pack(packed, view, y, height, width, out, bits, kind, last)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _clip(values, start, width, times, plus, made, at):
+    zero, one = np.float32(0), np.float32(1)
+    for x in range(width):
+        made[at + np.uint64(x)] = min(max(values[start + np.uint64(x)], zero), one) * times + plus

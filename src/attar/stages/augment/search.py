@@ -227,8 +227,7 @@ def play(
 def readings(looks: Looks, rotation: bool) -> dict[str, list[dict[str, float]]]:
     """Every yardstick of every trial: {policy: one reading per seed}, seeds ascending.
 
-    `rotation` says whether the rotation probe means anything. Agreement is with the other seeds of the policy, consensus with the other policies at
-    the same seed.
+    `rotation` says whether the rotation probe means anything. Agreement is with the other seeds of the policy.
     """
     plain = {(name, seed): looks[name][seed]["turned"][0] for name in looks for seed in looks[name]}
     clusters = int(np.clip(len(next(iter(plain.values()))) // 20, 2, 16))
@@ -240,14 +239,12 @@ def readings(looks: Looks, rotation: bool) -> dict[str, list[dict[str, float]]]:
         for seed in sorted(looks[name]):
             seen, key = looks[name][seed], (name, seed)
             twins = [near[name, other] for other in looks[name] if other != seed]
-            others = [labels[other, seed] for other in looks if other != name and seed in looks[other]]
             row = {
                 "learnability": yardsticks.learnability(plain[key], labels[key]),
                 "information": yardsticks.information(*seen["views"]),
                 "retrieval": yardsticks.retrieval(*seen["views"]),
                 "steadiness": yardsticks.steadiness(near[key], yardsticks.near(seen["views"][0], NEIGHBOURS)),
                 "agreement": float(np.mean([yardsticks.common_neighbours([near[key], twin]) for twin in twins])),
-                "consensus": float(np.mean([yardsticks.learnability(plain[key], other) for other in others])),
                 "effective_rank": effective_rank(torch.from_numpy(plain[key])),
             }
             found[name].append(row | ({"rotation": yardsticks.rotation_probe(seen["turned"])} if rotation else {}))
@@ -335,7 +332,13 @@ def said(verdict: ranking.Verdict, prices: Mapping[str, float]) -> str:
     """The verdict in a sentence."""
     others = [name for name in verdict.equals if name != verdict.winner]
     if not others:
-        return f"{verdict.winner}: measurably better than every other finalist (paired over seeds, Holm-corrected, {ranking.LEVEL:.0%})."
+        sure = all(row["p"] < ranking.LEVEL for row in verdict.against.values())
+        how = (
+            "measurably better than every other finalist"
+            if sure
+            else "best of the finalists, though not measurably better than all of them"
+        )
+        return f"{verdict.winner}: {how} (paired over seeds, Holm-corrected, {ranking.LEVEL:.0%})."
     reason = (
         "the cheapest of them"
         if prices[verdict.winner] * ranking.SAME_COST < min(prices[name] for name in others)
