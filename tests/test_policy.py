@@ -68,10 +68,10 @@ def test_a_policy_file_is_taken(items: Items, job: Make, tmp_path: Path) -> None
     file.write_text(json.dumps({"families": {"rotate": [0.3, 0.7]}, "pick": None, "method": "mine"}))
     settings = Augment(policy=str(file))
     assert policies.starting_policy(items, settings, job()).families == {"rotate": Dial(0.3, 0.7)}
-    before = policies.fingerprint(settings)
+    before = policies.policy_fingerprint(settings)
     file.write_text(file.read_text().replace("0.3", "0.4"))
-    assert policies.fingerprint(settings) != before, "a changed file is another policy"
-    assert policies.fingerprint(Augment()) == policies.fingerprint(Augment(policy="simclr")) == []
+    assert policies.policy_fingerprint(settings) != before, "a changed file is another policy"
+    assert policies.policy_fingerprint(Augment()) == policies.policy_fingerprint(Augment(policy="simclr")) == []
 
 
 def test_what_is_no_policy_is_said_with_the_other_faults(tmp_path: Path) -> None:
