@@ -10,11 +10,11 @@ demo: .venv/.installed  ## real data in, a small model and its report out, in mi
 	$(BIN)/python examples/write_digits.py $(DEMO)/digits $(DEMO)/labels.csv
 	$(BIN)/attar run $(DEMO)/digits --out $(DEMO)/run --labels $(DEMO)/labels.csv --self-steps 480 --train-steps 60 --distil-steps 150
 
-test: .venv/.developing  ## the suite
-	$(BIN)/python -m pytest
+test: .venv/.developing  ## the suite, a file at a time on two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.developing  ## the suite and the slow tests
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: .venv/.developing  ## format, lint, types, generated docs
 	$(BIN)/ruff format --check src tests examples benchmarks docs
