@@ -66,5 +66,10 @@ def test_generated_pages_are_fresh() -> None:
 
 def test_the_augmentation_page_s_python_runs_as_written() -> None:
     namespace: dict[str, object] = {"__name__": "page"}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "augmentation.md").read_text("utf-8"), re.DOTALL):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "augmentation.md").read_text("utf-8"), re.DOTALL)
+    for block in blocks:
         exec(compile(block, "augmentation.md", "exec"), namespace)
+    assert len(blocks) == 4
+    assert namespace["batch"].shape == (3, 3, 224, 224)  # type: ignore[attr-defined]
+    assert namespace["views"].shape == (3, 3, 128, 128)  # type: ignore[attr-defined]
+    assert all(one.shape == (6, 3, 224, 224) for one in namespace["alone"])  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -21,8 +20,6 @@ TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.b
 BORDERS = ("reflect", "edge", "constant")
 PIECES = 4
 """Pieces of the work per thread: views differ in what they take."""
-KEPT, LARGEST_KEPT = 2, 2**27
-"""Outputs whose memory is used again once nobody holds them, and the bytes up to which: a loop holds one batch while it makes the next."""
 
 
 class Inputs(NamedTuple):
@@ -134,37 +131,10 @@ def _inputs(images: Sequence[np.ndarray], plan: Plan, mean: Sequence[float], std
 def _output(count: int, size: tuple[int, int], dtype: Type, layout: Layout) -> tuple[Tensor, np.ndarray, int]:
     """The tensor (n, 3, height, width), its memory as a flat array of floats or of 16 bits, and the number of its type."""
     kind = list(TYPES).index(dtype)
-    flat = _memory(count * 3 * size[0] * size[1], np.dtype(np.float32 if kind == sampling.FLOAT32 else np.uint16))
+    flat = np.empty(count * 3 * size[0] * size[1], np.float32 if kind == sampling.FLOAT32 else np.uint16)  # numpy asks for large pages
     memory = torch.from_numpy(flat).view(TYPES[dtype])
     views = memory.view(count, *size, 3).permute(0, 3, 1, 2) if layout == "channels_last" else memory.view(count, 3, *size)
     return views, flat, kind
-
-
-_OUTPUTS: list[np.ndarray] = []
-
-
-def _memory(count: int, dtype: np.dtype) -> np.ndarray:
-    """Memory that nothing else refers to: that of an earlier output that is no longer held, or new.
-
-    The system hands out new memory in pages that it clears at first touch, which takes as long as a simple transform. numpy asks it for large pages,
-    torch.empty does not. A tensor made of an array, and all that shares the tensor's memory, counts as one reference to the array.
-    """
-    for _ in range(len(_OUTPUTS)):
-        try:
-            flat = _OUTPUTS.pop(0)  # a call on another thread does not see it meanwhile
-        except IndexError:
-            break
-        unused = sys.getrefcount(flat) == 2  # `flat` and the argument
-        fits = flat.dtype == dtype and flat.size == count
-        if unused and not fits:
-            continue
-        _OUTPUTS.append(flat)
-        if unused:
-            return flat
-    flat = np.empty(count, dtype)
-    if flat.nbytes <= LARGEST_KEPT and len(_OUTPUTS) < KEPT:
-        _OUTPUTS.append(flat)
-    return flat
 
 
 def _pieces(count: int, threads: int) -> list[tuple[int, int]]:
