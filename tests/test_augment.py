@@ -149,7 +149,7 @@ def test_a_huge_and_a_long_image() -> None:
     ("options", "message"),
     [
         ({"policy": "defalt"}, "no policy 'defalt'.*Did you mean 'default'"),
-        ({"policy": {"rotate": 2}}, "strength of 'rotate' is 2.0. Expected a number from 0 to 1"),
+        ({"policy": {"rotate": 2}}, "rotate: strength 2 is outside 0 … 1"),
         ({"size": 0}, r"size is 0\. Expected a side, or \(height, width\), in pixels from 1 to 32768"),
         ({"size": (3, 4, 5)}, r"size is \(3, 4, 5\)"),
         ({"size": 10.5}, "size is 10.5"),

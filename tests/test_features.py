@@ -261,7 +261,7 @@ def test_of_several_outputs_the_first_is_changed_and_their_kind_stays(make: Call
             UsageError,
             "there is no transform 'rotat' of features. Did you mean 'rotate'? Known are: resized_crop, rotate",
         ),
-        ("layer2", {"noise": 2.0}, UsageError, "noise: strength 2 is outside 0 … 1"),
+        ("layer2", {"noise": 2.0}, UsageError, "noise: strength 2.0 is outside 0 … 1"),
         (
             "top",
             {"horizontal_flip": 1.0},

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import t as student_t
 
+from attar import stats
 from attar.config import Augment, Cluster, Curate, Embed, Generate, ModelChoice, build_config
 from attar.errors import DataError, ModelError, UsageError
 from attar.models.network import Network
@@ -309,14 +310,14 @@ def test_losses_are_those_of_distillation() -> None:
 def test_the_interval_covers_and_is_the_formula() -> None:
     rng = np.random.default_rng(0)
     gains = rng.normal(size=(5, 20))
-    mean, low, high = benefit.paired_interval(gains)
+    mean, low, high = stats.crossed(gains)
     error = np.sqrt(np.var(gains.mean(1), ddof=1) / 5 + np.var(gains.mean(0), ddof=1) / 20)
     assert mean == pytest.approx(gains.mean())
     assert (high - low) / 2 == pytest.approx(student_t.ppf(0.975, 4) * error)
     covered = 0
     for _ in range(600):
         drawn = 0.3 + rng.normal(size=(5, 1)) + rng.normal(size=(1, 20)) + rng.normal(size=(5, 20))
-        _, low, high = benefit.paired_interval(drawn)
+        _, low, high = stats.crossed(drawn)
         covered += low <= 0.3 <= high
     assert covered / 600 > 0.93
 

@@ -242,7 +242,7 @@ def test_distillation_s_mixing_gives_the_same_bits_as_a_plain_one(seed: int) -> 
             UsageError,
             "mixup: strength 1.5 is outside 0 … 1; 0 leaves items as they are, 1 is the full range",
         ),
-        (lambda x, r: mixup(x, r, (0.5, -1.0)), UsageError, "mixup: frequency -1 is outside 0 … 1"),
+        (lambda x, r: mixup(x, r, (0.5, -1.0)), UsageError, "mixup: frequency -1.0 is outside 0 … 1"),
         (
             lambda x, r: mixup(x, r, (0.5, 0.5, 0.5)),
             UsageError,

@@ -24,7 +24,7 @@ def test_sixteen_policies_or_more_contend_trivial_among_them() -> None:
     distinct = {(tuple(policy.families.items()), policy.pick) for policy in found.values()}
     assert len(distinct) == len(found), "two of them are one policy"
     for policy in found.values():
-        assert as_policy(policy) is policy, "every dial is in range and every name known"
+        assert as_policy(policy) == policy, "every dial is in range and every name known"
         assert set(policy.families) <= set(NAMES)
 
 

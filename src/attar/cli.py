@@ -229,12 +229,12 @@ def _search(given: argparse.Namespace) -> None:
     if sum(name in flags for name in budgets) == 1:  # takes the place of the other one of an earlier command
         flags = dict.fromkeys(budgets) | flags
     from attar.pipeline import continue_config
-    from attar.stages.augment.search import search_config
+    from attar.stages.augment.search import listing, search_config
 
     found = search_config(continue_config(given.run, flags, file), quiet=given.quiet)
     policy = Path(given.run) / "search" / "policy.json"
     body = {"policy": str(policy), "verdict": found.verdict, "families": found.policy.families, "table": found.rows}
-    _print(body, given.json, f"{found.table()}\n{found.verdict}\nPolicy: {policy}")
+    _print(body, given.json, f"{listing(found.rows)}\n{found.verdict}\nPolicy: {policy}")
 
 
 def _status(given: argparse.Namespace) -> None:

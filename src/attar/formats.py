@@ -6,6 +6,7 @@ where and when.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import json
@@ -156,6 +157,22 @@ def _load_policy(folder: Path) -> r.Policy:
     return r.Policy(families=dials[0], clusters=tuple(dials[1:]), **body)
 
 
+def _save_ranking(folder: Path, found: r.Ranking) -> None:
+    home = folder / "search"
+    home.mkdir()
+    _save_policy(home, found.policy)
+    write_json(home / "table.json", {"verdict": found.verdict, "rows": found.rows})
+    with (home / "table.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(found.rows[0]))
+        writer.writeheader()
+        writer.writerows(found.rows)
+
+
+def _load_ranking(folder: Path) -> r.Ranking:
+    body = read_json(folder / "search" / "table.json")
+    return r.Ranking(policy=_load_policy(folder / "search"), rows=tuple(body["rows"]), verdict=body["verdict"])
+
+
 def _save_original(folder: Path, model: r.Model) -> None:
     (folder / "original").mkdir()
     save_model(folder / "original", model, "original")
@@ -232,6 +249,7 @@ FORMATS: dict[type, Format] = {
     r.Clusters: Format(_save_clusters, _load_clusters),
     r.Selection: Format(_save_selection, _load_selection),
     r.Policy: Format(_save_policy, _load_policy),
+    r.Ranking: Format(_save_ranking, _load_ranking),
     r.Model: Format(_save_original, lambda folder: load_model(folder / "original", "original")),
     r.Front: Format(_save_front, _load_front),
     r.Evidence: Format(_save_evidence, _load_evidence),

@@ -196,6 +196,17 @@ class Policy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """What the search found: the policy to take, and the figures of all."""
+
+    policy: Policy
+    rows: tuple[Mapping[str, Any], ...]
+    """One per policy, best first: rank, policy, eliminated (round, or empty), seeds, cost, score and every yardstick with interval."""
+    verdict: str
+    """In a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A network as weights plus the recipe that rebuilds its graph."""
 

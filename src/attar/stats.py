@@ -111,6 +111,20 @@ def paired(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], confidence: f
     return Paired(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, n - 1)))
 
 
+def crossed(gains: Float[np.ndarray, "seeds items"]) -> tuple[float, float, float]:
+    """Mean of paired differences over seeds and items, and its 95 % interval.
+
+    Seeds and items are both drawn at random (a crossed two-way layout): the variance is that of the seeds' means over the seeds plus that of the
+    items' means over the items, which counts their interaction twice and so is never too small in expectation; the quantile is Student's for one
+    less than the seeds.
+    """
+    seeds, items = gains.shape
+    variance = gains.mean(1).var(ddof=1) / seeds + (gains.mean(0).var(ddof=1) / items if items > 1 else 0.0)
+    half = float(t.ppf(0.975, seeds - 1) * np.sqrt(variance))
+    mean = float(gains.mean())
+    return mean, mean - half, mean + half
+
+
 def blocked(values: Float[np.ndarray, "k n"], best: int, confidence: float = 0.95) -> list[Paired]:
     """Each of k candidates against one of them, over n blocks (seeds) that all share: a randomised block design (Fisher 1935).
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from attar import config
@@ -26,6 +25,7 @@ from attar.stages.augment.mix import mix
 from attar.stages.augment.samples import with_samples
 from attar.stages.compress.distil import MIXED_FROM
 from attar.stages.compress.feed import nudged
+from attar.stats import crossed
 from attar.workspace import Job
 
 BATCH = 32
@@ -71,24 +71,10 @@ def check(lessons: Lessons, held: UInt8[np.ndarray, "m h w 3"], steps: int, job:
     target = encoded(lessons.teacher, held, lessons.preprocess)
     with job.progress(SEEDS * steps, "checking whether the samples help", "steps") as bar:
         losses = np.array([_kept_losses(lessons, held, target, steps, seed, job, bar) for seed in range(SEEDS)])  # seeds, arms, items
-    gain, low, high = paired_interval((losses[:, 0] - losses[:, 1]) / losses[:, 0].mean())
+    gain, low, high = crossed((losses[:, 0] - losses[:, 1]) / losses[:, 0].mean())
     verdict = "helps" if low > 0 else "worse" if high < 0 else "no measurable difference"
     name = f"share of a student's loss on {len(held)} held-out items that the samples save in {steps} steps"
     return {"generated": name, "value": gain, "low": low, "high": high, "n": SEEDS, "verdict": verdict}
-
-
-def paired_interval(gains: Float[np.ndarray, "seeds items"]) -> tuple[float, float, float]:
-    """Mean of paired differences over seeds and items, and its 95 % interval.
-
-    Seeds and items are both drawn at random (a crossed two-way layout): the variance is that of the seeds' means over the seeds plus that of the
-    items' means over the items, which counts their interaction twice and so is never too small in expectation; the quantile is Student's for one
-    less than the seeds.
-    """
-    seeds, items = gains.shape
-    variance = gains.mean(1).var(ddof=1) / seeds + (gains.mean(0).var(ddof=1) / items if items > 1 else 0.0)
-    half = float(student_t.ppf(0.975, seeds - 1) * np.sqrt(variance))
-    mean = float(gains.mean())
-    return mean, mean - half, mean + half
 
 
 def _kept_losses(lessons: Lessons, held: np.ndarray, target: np.ndarray, steps: int, seed: int, job: Job, bar: Any) -> list[list[float]]:

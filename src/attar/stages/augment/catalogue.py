@@ -13,6 +13,7 @@ import numpy as np
 
 from attar.errors import UsageError
 from attar.records import Dial, Policy
+from attar.stages.augment.dials import read
 
 Draw = Callable[[np.ndarray, np.ndarray], tuple[Any, ...]]
 """Uniforms (views, k) in [0, 1) and strengths (views,) in (0, 1] → one array (views,) per parameter."""
@@ -187,10 +188,8 @@ def as_policy(policy: Any) -> Policy:
         return POLICIES[policy]
     if isinstance(policy, str | Path):
         return read_policy(Path(policy))
-    if isinstance(policy, Policy):
-        return _checked(policy, "the policy")
-    if isinstance(policy, Mapping):
-        return _checked(Policy(families=_dials(policy, "the policy"), method="given"), "the policy")
+    if isinstance(policy, Policy | Mapping):
+        return read(policy, NAMES, "images")
     raise UsageError(
         f"A policy of type {type(policy).__name__} is not understood. Give a Policy, one of {', '.join(POLICIES)}, "
         "a mapping {name: strength or (strength, frequency)}, or the path of a policy.json."
@@ -215,43 +214,5 @@ def read_policy(path: Path) -> Policy:
     )
     if not lists or not isinstance(method, str):
         raise UsageError(f'The policy file {path}: "clusters" and "evidence" must be lists of objects, "method" a text.')
-    policy = Policy(
-        families=_dials(body["families"], str(path)),
-        clusters=tuple(_dials(row, str(path)) for row in clusters),
-        pick=body.get("pick"),
-        method=method,
-        evidence=tuple(evidence),
-    )
-    return _checked(policy, str(path))
-
-
-def _dials(entries: Mapping[str, Any], where: str) -> dict[str, Dial]:
-    """Dials from strengths or pairs of strength and frequency."""
-    dials = {}
-    for name, value in entries.items():
-        pair = (value, 1.0) if isinstance(value, int | float) and not isinstance(value, bool) else value
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(_is_number(part) for part in pair):
-            raise UsageError(f"In {where}, {name!r} is {value!r}. Expected a strength from 0 to 1, or a pair of strength and frequency.")
-        dials[name] = Dial(float(pair[0]), float(pair[1]))
-    return dials
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
-
-
-def _checked(policy: Policy, where: str) -> Policy:
-    for dials in (policy.families, *policy.clusters):
-        for name, dial in dials.items():
-            if name not in NAMES:
-                close = difflib.get_close_matches(str(name), NAMES, 1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise UsageError(f"In {where}, there is no transform {name!r}.{hint} Known are: {', '.join(NAMES)}.")
-            for part, value in zip(("strength", "frequency"), dial):
-                if not _is_number(value) or not 0 <= value <= 1:  # also refuses NaN
-                    raise UsageError(f"In {where}, the {part} of {name!r} is {value!r}. Expected a number from 0 to 1.")
-    if policy.pick is not None and (isinstance(policy.pick, bool) or not isinstance(policy.pick, int) or policy.pick < 1):
-        raise UsageError(
-            f"In {where}, pick is {policy.pick!r}. Expected how many transforms each view gets, a whole number from 1, or none."
-        )
-    return policy
+    found = Policy(families=body["families"], clusters=tuple(clusters), pick=body.get("pick"), method=method, evidence=tuple(evidence))
+    return read(found, NAMES, "images", str(path))

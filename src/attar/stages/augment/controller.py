@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attar.records import Dial, Policy
+from attar.stages.augment.dials import OFF
 
 STEP = 0.05
 """How far a dial moves at one look."""
@@ -43,7 +44,6 @@ WEIGHT = 10
 """Items of all clusters that a cluster's figure is drawn towards."""
 STILL = frozenset({"flip", "horizontal_flip", "vertical_flip", "quarter_turn", "grey", "channel_shuffle", "invert", "equalise"})
 """What is there or not: it has no strength to move, and half the views is the most varied it can be."""
-OFF = Dial(0.0, 0.0)
 
 
 def pair_losses(

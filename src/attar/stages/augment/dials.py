@@ -1,9 +1,11 @@
-"""Dials of what is not done to images: read and checked, then drawn for each item. Pure numpy."""
+"""Dials: read and checked, whatever they turn; then drawn for each item of what is not an image. Pure numpy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,38 +14,40 @@ from jaxtyping import Float, Int
 from attar.errors import DataError, UsageError
 from attar.records import Dial, Policy
 
-FULL = Dial(1.0, 1.0)
+FULL, OFF = Dial(1.0, 1.0), Dial(0.0, 0.0)
 
 
 def dial(value: Any, name: str) -> Dial:
     """A dial from a strength, from (strength, frequency) or as it is; both between 0 and 1, else a UsageError."""
-    try:
-        parts = (value, 1.0) if np.ndim(value) == 0 else tuple(value)
-        found = Dial(*(float(part) for part in parts))
-    except (TypeError, ValueError):
-        raise UsageError(f"{name}: {value!r} is no dial; give a strength, or strength and frequency, each between 0 and 1") from None
-    for part, number in zip(Dial._fields, found):
-        if not 0 <= number <= 1:
-            raise UsageError(f"{name}: {part} {number:g} is outside 0 … 1; 0 leaves items as they are, 1 is the full range")
-    return found
+    parts = (value, 1.0) if np.ndim(value) == 0 else tuple(value)
+    if len(parts) != 2 or not all(isinstance(part, Real) and not isinstance(part, bool) for part in parts):
+        raise UsageError(f"{name}: {value!r} is no dial; give a strength, or strength and frequency, each between 0 and 1")
+    for part, number in zip(Dial._fields, parts):
+        if not 0 <= number <= 1:  # also refuses NaN
+            raise UsageError(f"{name}: {part} {str(number)[:20]} is outside 0 … 1; 0 leaves items as they are, 1 is the full range")
+    return Dial(float(parts[0]), float(parts[1]))
 
 
-def read(policy: Policy | Mapping[str, Any], known: Collection[str], what: str) -> Policy:
-    """A policy with checked dials, from one or from {name: strength or (strength, frequency)}; `what` says whose transforms are known."""
-    policy = policy if isinstance(policy, Policy) else Policy(families=policy)
+def read(policy: Policy | Mapping[str, Any], known: Collection[str], what: str, where: str = "") -> Policy:
+    """A policy with checked dials, from one or from {name: strength or (strength, frequency)}.
+
+    `what` says whose transforms are known, `where` the file it was read from. Raises UsageError for what is not understood.
+    """
+    policy = policy if isinstance(policy, Policy) else Policy(families=policy, method="given")
+    said = f"{where}: " if where else ""
 
     def checked(dials: Mapping[str, Any]) -> dict[str, Dial]:
         for name in dials:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, 1)
                 meant = f" Did you mean {near[0]!r}?" if near else ""
-                raise UsageError(f"there is no transform {name!r} of {what}.{meant} Known are: {', '.join(known)}")
-        return {name: dial(value, name) for name, value in dials.items()}
+                raise UsageError(f"{said}there is no transform {name!r} of {what}.{meant} Known are: {', '.join(known)}")
+        return {name: dial(value, f"{said}{name}") for name, value in dials.items()}
 
-    if policy.pick is not None and policy.pick < 1:
-        raise UsageError(f"pick is {policy.pick}; expected how many transforms each item gets, a whole number from 1, or None")
-    clusters = tuple(checked(dials) for dials in policy.clusters)
-    return Policy(families=checked(policy.families), clusters=clusters, pick=policy.pick, method=policy.method, evidence=policy.evidence)
+    pick = policy.pick
+    if pick is not None and (isinstance(pick, bool) or not isinstance(pick, int) or pick < 1):
+        raise UsageError(f"{said}pick is {pick!r}; expected how many transforms each item gets, a whole number from 1, or None")
+    return replace(policy, families=checked(policy.families), clusters=tuple(checked(dials) for dials in policy.clusters))
 
 
 def of_clusters(clusters: Any, count: int) -> np.ndarray:

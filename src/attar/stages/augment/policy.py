@@ -24,6 +24,7 @@ from attar.models import sources
 from attar.models.network import ClusterHead
 from attar.records import Clusters, Dial, Items, Policy, Selection, Vectors
 from attar.stages.augment.catalogue import DEFAULTS, FAMILIES, POLICIES, as_policy
+from attar.stages.augment.dials import OFF
 from attar.stages.augment.engine import augment as views_of
 from attar.stages.augment.engine import normalise
 from attar.workspace import Job, file_digest
@@ -35,7 +36,6 @@ MIRROR_LIMIT = 0.6
 """Accuracy of the mirror probe above which mirroring is taken to change what an item is; 0.5 is chance."""
 COMPUTE = 5e11
 """Multiply-accumulates spent on trying strengths: bounds the number of items looked at, by the size of the model."""
-OFF = Dial(0.0, 0.0)
 
 
 def mirror_accuracy(thumbs: np.ndarray, rng: np.random.Generator) -> float:

@@ -6,13 +6,11 @@ figures. The budget is a number of training steps; from `--minutes` it is fixed 
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from attar import config, formats
+from attar import config
 from attar.config import flatten
 from attar.data import absolute
 from attar.errors import DataError, UsageError
@@ -28,9 +26,8 @@ from attar.modalities.image import Loader
 from attar.models.network import Network
 from attar.models.objectives import effective_rank, nt_xent
 from attar.models.students import Encoder, input_side
-from attar.records import Dial, Items, Policy, Preprocess
+from attar.records import Dial, Items, Policy, Preprocess, Ranking
 from attar.stages.augment import ranking, yardsticks
-from attar.stages.augment.catalogue import read_policy
 from attar.stages.augment.engine import augment, normalise
 from attar.stages.augment.policy import MIRROR_LIMIT, mirror_accuracy
 from attar.stats import bootstrap
@@ -51,22 +48,12 @@ NEUTRAL = Policy(
 PREPROCESS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranking:
-    """What the search found: the policy to take, and the figures of all."""
-
-    policy: Policy
-    rows: tuple[Mapping[str, Any], ...]
-    """One per policy, best first: rank, policy, eliminated (round, or empty), seeds, cost, score and every yardstick with interval."""
-    verdict: str
-    """In a sentence."""
-
-    def table(self) -> str:
-        """The table for a terminal: the policies, best first, and where they dropped out."""
-        names = [name for name in self.rows[0] if not name.endswith(("_low", "_high"))]
-        cells = [names, *([_cell(row, name) for name in names] for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+def listing(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A ranking's rows for a terminal: the policies, best first, and where they dropped out."""
+    names = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
+    cells = [names, *([_cell(row, name) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
@@ -354,25 +341,6 @@ def _chosen(policy: Policy, verdict: ranking.Verdict, rows: Sequence[Mapping[str
     return Policy(families=policy.families, pick=policy.pick, method=method, evidence=evidence)
 
 
-def _save(folder: Path, found: Ranking) -> None:
-    """search/policy.json, search/table.json and search/table.csv."""
-    home = folder / "search"
-    home.mkdir()
-    body: dict[str, Any] = {"families": found.policy.families, "clusters": [], "pick": found.policy.pick}
-    formats.write_json(home / "policy.json", body | {"method": found.policy.method, "evidence": found.policy.evidence})
-    formats.write_json(home / "table.json", {"verdict": found.verdict, "rows": found.rows})
-    with (home / "table.csv").open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(found.rows[0]))
-        writer.writeheader()
-        writer.writerows(found.rows)
-
-
-def _load(folder: Path) -> Ranking:
-    body = formats.read_json(folder / "search" / "table.json")
-    return Ranking(policy=read_policy(folder / "search" / "policy.json"), rows=tuple(body["rows"]), verdict=body["verdict"])
-
-
-formats.FORMATS[Ranking] = formats.Format(_save, _load)
 STAGE = Stage(make=search, record=Ranking, needs=("scan",), settings=("search",))
 """Beside the spine: it needs the scan alone, and no stage needs it."""
 
