@@ -72,6 +72,23 @@ def test_norms_learn_their_statistics_where_they_have_any_and_batches_are_large_
     assert not torch.equal(student.body.bn.running_mean, before)
 
 
+@pytest.mark.parametrize("room", [1 << 29, 20_000])
+def test_the_teacher_is_asked_about_every_view_once(room: int, job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for all its answers it is asked again, and the student learns the same."""
+    teacher, states = made("residual"), []
+    for kept in (1 << 29, room):
+        monkeypatch.setattr(stage, "KEPT_BYTES", kept)
+        student, asked = _student(teacher), []
+        hook = teacher.register_forward_pre_hook(lambda _, given, asked=asked: asked.append(given[0]))
+        distil(student, teacher, _feed(job(str(len(states)))), 30, SETTINGS, job(str(len(states))), "distilling")
+        hook.remove()
+        states.append((len(asked), student.state_dict()))
+    (once, first), (times, second) = states
+    assert once == 2 + 30 / stage.LAPS  # to compare maps, the held-out items, and a lap
+    assert (times > once) == (room < 1 << 29)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values()))
+
+
 def test_norms_learn_nothing_from_mixtures(job, monkeypatch: pytest.MonkeyPatch) -> None:
     """What every item looks like when mixed is not what the student will see."""
     teacher, kept = made("residual"), {}

@@ -30,10 +30,18 @@ NOTHING = Model(source={}, state={}, preprocess=Preprocess(size=(8, 8)))
 
 
 def candidate(
-    name: str, *, agreement: float = 0.9, size: float = 0.5, latency: float = 0.5, macs: float = 0.5, n: int = 10**5
+    name: str,
+    *,
+    agreement: float = 0.9,
+    divergence: float = 0.1,
+    size: float = 0.5,
+    latency: float = 0.5,
+    macs: float = 0.5,
+    n: int = 10**5,
 ) -> Candidate:
     ratio = {"size_ratio": size, "latency_ratio": latency, "macs_ratio": macs, "parameters_ratio": size}
-    figures = {"agreement": agreement, "n": n, "size": 1e6 * size, "latency": 10 * latency, "macs": 1e8 * macs, "parameters": 1e5} | ratio
+    kept = {"agreement": agreement, "divergence": divergence, "n": n}
+    figures = kept | {"size": 1e6 * size, "latency": 10 * latency, "macs": 1e8 * macs, "parameters": 1e5} | ratio
     return Candidate(name=name, model=NOTHING, onnx=Path("none"), precision="float32", figures=figures)
 
 
@@ -98,11 +106,17 @@ def test_what_is_delivered(budget: str, made: list[Candidate], chosen: Candidate
     assert ("binds: the nearest, " + chosen.name in reason) is not met
 
 
-def test_among_those_that_cannot_be_told_apart_the_trained_one_is_delivered() -> None:
-    untrained = candidate("cut50-float32", agreement=0.96, n=50)
-    trained = candidate("cut50-distilled-float32", agreement=0.94, n=50)
-    assert search.choose([untrained, trained], parse_budget("macs<=0.5x"))[0] is trained
-    sure = [candidate("cut50-float32", agreement=0.96, n=5000), candidate("cut50-distilled-float32", agreement=0.94, n=5000)]
+def test_what_agreement_cannot_tell_apart_divergence_does_and_then_size() -> None:
+    untrained = candidate("cut50-float32", agreement=0.96, divergence=0.2, n=50)
+    trained = candidate("cut50-distilled-float32", agreement=0.94, divergence=0.1, n=50)
+    rough = candidate("cut50-distilled-int8", agreement=0.96, divergence=0.12, size=0.2, n=50)
+    fine = candidate("cut50-distilled-float16", agreement=0.94, divergence=0.101, size=0.3, n=50)
+    assert search.choose([untrained, trained, rough], parse_budget("macs<=0.5x"))[0] is trained
+    assert search.choose([untrained, trained, rough, fine], parse_budget("macs<=0.5x"))[0] is fine
+    sure = [
+        candidate("cut50-float32", agreement=0.96, divergence=0.2, n=5000),
+        candidate("cut50-distilled-float32", agreement=0.94, n=5000),
+    ]
     assert search.choose(sure, parse_budget("macs<=0.5x"))[0] is sure[0]
 
 

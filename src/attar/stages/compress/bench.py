@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from scipy.special import rel_entr, softmax
 from tqdm import tqdm
 
 from attar import config, formats, runtime
@@ -26,6 +28,8 @@ from attar.workspace import Job
 
 PRECISIONS = ("float32", "float16", "int8")
 """Forms a model is delivered in."""
+TINY = 1e-7
+"""Probabilities are taken to be at least this: of a file's rounding error nothing should be infinite."""
 HEADER = f"{'candidate':26} {'size':>18} {'MACs':>18} {'latency':>18} {'agreement':>18}"
 
 
@@ -82,19 +86,19 @@ class Bench:
         except Exception as error:  # the quantiser's own, of any kind, for graphs it does not understand
             raise ModelError(f"{name} cannot be made ({type(error).__name__}: {error})") from error
 
-    def _decisions(self, file: Path, model: Model, place: str) -> np.ndarray:
-        """What a file decides on the validation items in a runtime: class, or cluster where there are no classes."""
+    def _probabilities(self, file: Path, model: Model, place: str) -> np.ndarray:
+        """Of the classes, or of the clusters where there are none, for each validation item as a file gives them in a runtime, (n, k)."""
         items = (batch.contiguous().numpy() for batch in self.feed.validation())
-        made = runtime.run_stacked(file, items, threads=torch.get_num_threads(), runtime=place)
-        return frozen.answers(made, model.source, model.head)["logits" if model.classes else "cluster_probabilities"].argmax(1)
+        made = frozen.answers(runtime.run_stacked(file, items, threads=torch.get_num_threads(), runtime=place), model.source, model.head)
+        return softmax(made["logits"], axis=1) if model.classes else made["cluster_probabilities"]
 
     def _decided(self, file: Path, model: Model, name: str) -> dict[str, np.ndarray]:
-        """What a file decides in each runtime it may be for; where there is a choice, one that cannot run it is left out."""
+        """Probabilities from a file in each runtime it may be for; where there is a choice, one that cannot run it is left out."""
         asked = runtime.DEFAULT if name == "original" else self.settings.runtime
         found: dict[str, np.ndarray] = {}
         for place in runtime.NAMES if asked == "auto" else (asked,):
             try:
-                found[place] = self._decisions(file, model, place)
+                found[place] = self._probabilities(file, model, place)
             except ModelError as error:
                 if not found:
                     raise
@@ -106,10 +110,10 @@ class Bench:
         beside it, so that drift hits both."""
         original = None if name == "original" else self.original
         decided = self._decided(file, model, name)
-        expected = np.asarray(self.job.once("decisions.json", lambda: decided[runtime.DEFAULT].tolist()))
+        expected = self.job.once("expected.pt", lambda: torch.from_numpy(decided[runtime.DEFAULT])).numpy()
         files = ({"original": original.onnx} if original else {}) | dict.fromkeys(decided, file)
         times = runtime.measure_latency(files, runtimes={place: place for place in decided}, threads=self.settings.threads)
-        agreement = {place: float((one == expected).mean()) for place, one in decided.items()}
+        agreement = {place: float((one.argmax(1) == expected.argmax(1)).mean()) for place, one in decided.items()}
         latency = {place: float(np.median(times[place])) for place in decided}
         place = quicker(agreement, latency)
         figures = {
@@ -118,10 +122,20 @@ class Bench:
             "macs": float(model.macs),
             "latency": latency[place],
             "agreement": agreement[place],
+            "divergence": divergence(decided[place], expected),
             "n": float(len(expected)),
         }
         ratio = float(np.median(times[place] / times["original"])) if original else 1.0
         return place, figures | ratios(figures, original.figures if original else figures) | {"latency_ratio": ratio}
+
+
+def divergence(probabilities: Float[np.ndarray, "items kinds"], expected: Float[np.ndarray, "items kinds"]) -> float:
+    """Mean Kullback–Leibler divergence from the expected probabilities, in nats; 0 where they are the same.
+
+    >>> round(divergence(np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]])), 4)
+    0.6931
+    """
+    return float(rel_entr(expected, np.maximum(probabilities, TINY)).sum(1).mean())
 
 
 def quicker(agreement: Mapping[str, float], latency: Mapping[str, float]) -> str:

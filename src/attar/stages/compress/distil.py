@@ -1,6 +1,7 @@
 """Distillation: a student is trained to give its teacher's outputs on augmented and mixed, unlabelled inputs.
 
-At the start it is taught the teacher's maps between blocks as well; their weight falls to nothing towards the end, where only outputs count.
+The views come round again: the teacher is asked about each once, in the first lap, and its answers are kept, for it often costs more than the
+student. In that lap the student is taught the teacher's maps between blocks as well; their weight falls to nothing, after which only outputs count.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from attar.stages.compress.mimicry import Taps, comparable, feature_distance
 from attar.stages.train import optimise
 from attar.workspace import Job
 
+Answer = tuple[Tensor, Tensor | None]
+"""Embeddings and, of a classifier, logits."""
 LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
 MIXED_FROM = 40
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 MIXED_UNTIL = 0.8
 """Share of the steps after which there are no mixtures any more: the student ends on items as they are."""
+LAPS = 3
+"""Times each view is shown."""
+KEPT_BYTES = 512 << 20
+"""What the teacher's answers may take; about views beyond that it is asked again."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
@@ -58,20 +65,30 @@ def distil(
     ours, theirs = Taps(student, names), Taps(teacher, names)
     mixing = int(MIXED_UNTIL * steps) if steps * size >= MIXED_FROM * feed.count else 0
     momenta = [norm.momentum for norm in norms]
+    lap = max(1, -(-steps // LAPS))
+    known: dict[tuple[int, bool], Answer] = {}
+    room = KEPT_BYTES // max(1, sum(part[:1].nbytes for part in target if part is not None) * size)
+
+    def answer(place: int, mixed: bool, views: Tensor) -> Answer:
+        if (found := known.get((place, mixed))) is None:
+            with torch.no_grad():
+                found = teacher(views)
+            if len(known) < room:
+                known[place, mixed] = found
+        return found
 
     def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
         assert isinstance(views, Tensor)
-        asked = mix(views, job.rng("mix", step)) if step < mixing else views
+        place, mixed = step % lap, step < mixing
+        asked = mix(views, job.rng("mix", place)) if mixed else views
         for norm, momentum in zip(norms, momenta):
             norm.train()
             norm.momentum = momentum if asked is views else 0.0  # what is normal is learned from items, not from mixtures
-        views = asked
-        with torch.no_grad():
-            wanted = teacher(views)
-        loss = distillation(student(views), wanted)
-        if names:
+        wanted = answer(place, mixed, asked)
+        loss = distillation(student(asked), wanted)
+        if names and step < lap:
             maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
-            loss = loss + (1 - step / steps) * feature_distance(*maps)
+            loss = loss + (1 - step / lap) * feature_distance(*maps)
         return loss
 
     def look() -> dict[str, float]:
@@ -80,8 +97,10 @@ def distil(
             return {"validation_loss": round(float(distillation(student(held), target)), 5)}
 
     def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for step, views in feed.training(wanted, size):
-            yield step, np.empty(0), views  # type: ignore[misc]
+        for start in range(wanted.start // lap * lap, wanted.stop, lap):
+            places = range(max(wanted.start - start, 0), min(wanted.stop - start, lap))
+            for place, views in feed.training(places, size):
+                yield start + place, np.empty(0), views  # type: ignore[misc]
 
     modules, rate = nn.ModuleDict({"student": student}), LIVE_RATE if norms else FOLDED_RATE
     try:
@@ -95,15 +114,19 @@ def distil(
 
 
 def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compress) -> float:
-    """Seconds of one distillation step, the best of three on a copy; reading the inputs is part of it."""
+    """Seconds of one distillation step, the teacher asked in one of LAPS, each part the best of eight on a copy; reading the inputs is part of it."""
     size = min(settings.distil_batch, feed.count)
-    trial, seconds, start = copy.deepcopy(student), [], time.perf_counter()
+    trial, parts, start = copy.deepcopy(student), [], time.perf_counter()
     for norm in live_norms(trial, size):
         norm.train()
-    for _, views in feed.training(range(3), size):
+    for _, views in feed.training(range(8), size):
+        read = time.perf_counter()
         with torch.no_grad():
             wanted = teacher(views)
+        asked = time.perf_counter()
         distillation(trial(views), wanted).backward()  # type: ignore[no-untyped-call]
-        seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-    return min(seconds)
+        end = time.perf_counter()
+        parts.append((end - asked + read - start, asked - read))
+        start = end
+    learning, asking = (min(part) for part in zip(*parts))
+    return learning + asking / LAPS

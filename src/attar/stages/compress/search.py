@@ -44,6 +44,8 @@ COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
 LANES = 16
 """Channels that int8 kernels compute at once: where latency is bounded widths are multiples of it, and what is left to save are whole branches."""
+CLOSEST = 1.1
+"""Divergences from the original within this factor of the least are taken to be as good."""
 SPARE = 0.05
 """Share of the minutes kept back for what a measured pace does not show."""
 SLOWER = 1.1
@@ -254,12 +256,13 @@ def choose(made: Sequence[Candidate], constraints: Sequence[Constraint]) -> tupl
 
 
 def agreeing_most(fit: Sequence[Candidate]) -> Candidate:
-    """The candidate of the highest agreement. Those within a standard error of it cannot be told apart by agreement: of these a trained one comes
-    first, whose validation loss, a finer measure, was seen to fall; then the smaller one counts."""
+    """The candidate of the highest agreement. Those within a standard error of it cannot be told apart by agreement; of these the divergence from
+    the original's probabilities, a finer measure of the same, decides: the smallest file of those whose divergence is at most CLOSEST of the least."""
     top = max(c.figures["agreement"] for c in fit)
     error = max(np.sqrt(c.figures["agreement"] * (1 - c.figures["agreement"]) / c.figures["n"]) for c in fit)
     alike = [c for c in fit if c.figures["agreement"] >= top - error]
-    return max(alike, key=lambda c: ("distilled" in c.name, c.figures["agreement"], -c.figures["size"]))
+    least = min(c.figures["divergence"] for c in alike)
+    return min((c for c in alike if c.figures["divergence"] <= CLOSEST * least), key=lambda c: c.figures["size"])
 
 
 def _binding(constraints: Sequence[Constraint], best: Candidate) -> str:
