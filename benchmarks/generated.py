@@ -28,8 +28,8 @@ from attar.modalities.image import SUFFIXES, Loader, prepare
 from attar.models import sources
 from attar.stages.augment import benefit, generate
 from attar.stages.augment.policy import starting_policy
-from attar.stages.cluster import cluster
-from attar.stages.curate import curate
+from attar.stages.cluster.cluster import cluster
+from attar.stages.curate.curate import curate
 from attar.stages.embed import embed
 from attar.stages.scan import scan
 from attar.workspace import Job

@@ -25,8 +25,8 @@ from attar.stages.augment import reference
 from attar.stages.augment.catalogue import DEFAULTS, FAMILIES, POLICIES
 from attar.stages.augment.engine import apply, augment, normalise, preview
 from attar.stages.augment.plan import Plan, sample
-from attar.stages.cluster import cluster
-from attar.stages.curate import curate
+from attar.stages.cluster.cluster import cluster
+from attar.stages.curate.curate import curate
 from attar.stages.embed import embed
 from attar.workspace import Job
 

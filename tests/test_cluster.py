@@ -17,21 +17,11 @@ from sklearn.metrics import adjusted_rand_score
 
 from attar import config, records
 from attar.errors import DataError, UsageError
-from attar.stages.cluster import (
-    candidate_counts,
-    cluster,
-    density_groups,
-    fit_centroids,
-    head_probabilities,
-    neighbour_distances,
-    outlier_scores,
-    principal_axes,
-    project,
-    score_count,
-    separation,
-    squared_distances,
-    unit,
-)
+from attar.stages.cluster.cluster import cluster
+from attar.stages.cluster.count import candidate_counts, score_count, separation
+from attar.stages.cluster.density import density_groups, neighbour_distances, outlier_scores
+from attar.stages.cluster.kmeans import fit_centroids
+from attar.stages.cluster.space import head_probabilities, principal_axes, project, squared_distances, unit
 from attar.workspace import Job
 
 

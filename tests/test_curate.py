@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from test_cluster import job, make_items, make_vectors
 
 from attar import config, records
-from attar.stages.cluster import project, unit
-from attar.stages.curate import curate, farthest_first, near_duplicates, pick_leaders, resolve, thumbnails_agree, water_fill
+from attar.stages.cluster.space import project, unit
+from attar.stages.curate.curate import curate, farthest_first, near_duplicates, pick_leaders, resolve, thumbnails_agree, water_fill
 
 
 def make_clusters(values: np.ndarray, items: records.Items, k: int, outlier: np.ndarray | None = None) -> records.Clusters:
@@ -243,14 +243,14 @@ def test_thousands_of_alike_images_and_any_block_give_the_same(tmp_path, monkeyp
     whole, _ = decide(values, tmp_path / "a", items)
     assert whole.column("keep").sum() == 6  # two things, each in three splits
     assert whole.column("leak").sum() == 600
-    monkeypatch.setattr(sys.modules["attar.stages.curate"], "BLOCK", 70)
+    monkeypatch.setattr(sys.modules["attar.stages.curate.curate"], "BLOCK", 70)
     small, _ = decide(values, tmp_path / "b", items)
     for name in ("keep", "reason", "witness", "weight", "leak"):
         assert (small.column(name) == whole.column(name)).all()
 
 
 def test_same_bits_however_it_was_interrupted(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["attar.stages.curate"], "BLOCK", 100)
+    monkeypatch.setattr(sys.modules["attar.stages.curate.curate"], "BLOCK", 100)
     values = load_digits().data[:500].astype(np.float32)
     thumbs = np.random.default_rng(0).integers(0, 256, (500, 256)).astype(np.uint8)
     thumbs[::3] = 100
@@ -268,7 +268,7 @@ def test_same_bits_however_it_was_interrupted(tmp_path, monkeypatch):
     assert resumed.table.equals(whole.table)
     again, _ = decide(values, tmp_path / "b", items, 4, keep_share=0.6, near_duplicate=0.95)
     assert again.table.equals(whole.table)
-    monkeypatch.setattr(sys.modules["attar.stages.curate"], "BLOCK", 13)
+    monkeypatch.setattr(sys.modules["attar.stages.curate.curate"], "BLOCK", 13)
     other, _ = decide(values, tmp_path / "c", items, 4, keep_share=0.6, near_duplicate=0.95)
     assert all((other.column(name) == whole.column(name)).all() for name in ("keep", "reason", "witness", "weight", "leak"))
 

@@ -23,7 +23,7 @@ from attar.models import frozen, sources
 from attar.models.network import Network, count_macs
 from attar.models.students import Encoder
 from attar.records import Items, Model
-from attar.stages.cluster import head_probabilities
+from attar.stages.cluster.space import head_probabilities
 from attar.stages.compress import student as students
 from attar.workspace import Job
 

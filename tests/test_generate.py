@@ -26,8 +26,9 @@ from attar.records import Clusters, Head, Items, Policy, Preprocess, Selection, 
 from attar.stages.augment import benefit, generator, samples
 from attar.stages.augment import generate as stage
 from attar.stages.augment.policy import DEFAULTS
-from attar.stages.cluster import cluster, unit
-from attar.stages.curate import curate
+from attar.stages.cluster.cluster import cluster
+from attar.stages.cluster.space import unit
+from attar.stages.curate.curate import curate
 from attar.stages.embed import embed
 from attar.workspace import Job
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attar.errors import ModelError
 from attar.models.network import ClusterHead, Network, Shipped, count_macs, count_parameters, find_classifier, plain
 from attar.records import Head
-from attar.stages.cluster import head_probabilities
+from attar.stages.cluster.space import head_probabilities
 
 
 def _head(dim: int = 6, space: int = 3, count: int = 4, seed: int = 0) -> Head:

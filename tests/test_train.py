@@ -22,7 +22,7 @@ from attar.models.students import Encoder
 from attar.records import Head, Items, Policy, Preprocess
 from attar.stages import train
 from attar.stages.augment.policy import DEFAULTS
-from attar.stages.cluster import head_probabilities
+from attar.stages.cluster.space import head_probabilities
 from attar.workspace import Job
 
 PREPROCESS = Preprocess(size=(16, 16), resize_shortest=16, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -24,10 +24,10 @@ from attar.models import sources
 from attar.stages.augment.catalogue import POLICIES
 from attar.stages.augment.generate import generated
 from attar.stages.augment.policy import augment, policy_fingerprint
-from attar.stages.cluster import cluster
+from attar.stages.cluster.cluster import cluster
 from attar.stages.compress.feed import ItemFeed
 from attar.stages.compress.search import compress
-from attar.stages.curate import curate
+from attar.stages.curate.curate import curate
 from attar.stages.embed import embed
 from attar.stages.evaluate import evaluate
 from attar.stages.export import export

@@ -25,7 +25,7 @@ from attar.errors import DataError, UsageError
 from attar.formats import read_shard, shard_table
 from attar.models import sources
 from attar.models.network import tensor_of
-from attar.stages.cluster import cluster
+from attar.stages.cluster.cluster import cluster
 from attar.stages.compress.feed import TensorFeed
 from attar.stages.compress.search import compress as search
 from attar.stages.evaluate import Findings, measure

@@ -83,7 +83,7 @@ def answers(values: Mapping[str, np.ndarray], source: Mapping[str, Any], head: H
     """Outputs, float32, under the names attar's own files give them; the clusters of a foreign file are computed from its embedding."""
     if source.get("kind") != "onnx":
         return {name: value.astype(np.float32, copy=False) for name, value in values.items()}
-    from attar.stages.cluster import head_probabilities
+    from attar.stages.cluster.space import head_probabilities
 
     assert head is not None  # the cluster stage comes before
     embedding, logits = _named(values, Ends(*source["ends"]))

@@ -26,7 +26,7 @@ from attar.models.objectives import effective_rank, nt_xent
 from attar.records import Clusters, Head, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import augment, normalise
-from attar.stages.cluster import principal_axes, squared_distances, unit
+from attar.stages.cluster.space import principal_axes, squared_distances, unit
 from attar.workspace import Job
 
 RATE = 2e-3

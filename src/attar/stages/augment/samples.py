@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from attar.modalities.image import FILTERS
 from attar.models.objectives import effective_rank
 from attar.records import Head, Preprocess
-from attar.stages.cluster import head_probabilities, project, squared_distances, unit
+from attar.stages.cluster.space import head_probabilities, project, squared_distances, unit
 
 SHARE = 0.25
 """Share of a batch that samples take where they are learned from; the check and the training that follows it use the same."""

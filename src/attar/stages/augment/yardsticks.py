@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from attar.stages.cluster import fit_centroids, squared_distances, unit
+from attar.stages.cluster.kmeans import fit_centroids
+from attar.stages.cluster.space import squared_distances, unit
 from attar.stats import neighbours, share_interval
 
 TURNS = 4

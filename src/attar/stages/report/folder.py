@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from attar.records import SPLITS, Clusters, Items, Selection, Vectors
 from attar.stages.augment.controller import is_dial
-from attar.stages.cluster import project
+from attar.stages.cluster.space import project
 from attar.stages.report import charts, words
 from attar.stages.report.pictures import SMALL, Album, Photo
 from attar.workspace import Job

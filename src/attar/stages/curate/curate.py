@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 
 from attar import config
 from attar.records import SELECTION_SCHEMA, SPLITS, Clusters, Items, Selection, Vectors
-from attar.stages.cluster import place, unit
+from attar.stages.cluster.space import place, unit
 from attar.workspace import Job
 
 BLOCK = 2048  # items compared with as many others at once: two float32 tables of 16 MB
