@@ -135,7 +135,7 @@ def divergence(probabilities: Float[np.ndarray, "items kinds"], expected: Float[
     >>> round(divergence(np.array([[0.5, 0.5]]), np.array([[1.0, 0.0]])), 4)
     0.6931
     """
-    return float(rel_entr(expected, np.maximum(probabilities, TINY)).sum(1).mean())
+    return max(0.0, float(rel_entr(expected, np.maximum(probabilities, TINY)).sum(1).mean()))  # rounding can make it less
 
 
 def quicker(agreement: Mapping[str, float], latency: Mapping[str, float]) -> str:
