@@ -14,7 +14,7 @@ from test_cluster import job, make_items, make_vectors
 
 from attar import config, records
 from attar.stages.cluster.space import project, unit
-from attar.stages.curate.curate import curate, farthest_first, near_duplicates, pick_leaders, resolve, thumbnails_agree, water_fill
+from attar.stages.curate.curate import curate, near_duplicates, pick_leaders, resolve, thumbnails_agree
 
 
 def make_clusters(values: np.ndarray, items: records.Items, k: int, outlier: np.ndarray | None = None) -> records.Clusters:
@@ -87,31 +87,6 @@ def test_a_chain_is_not_collapsed_into_one_leader():
     chain = np.where(np.abs(np.subtract.outer(range(5), range(5))) <= 1, np.float32(0.98), np.float32(-2))
     assert pick_leaders(chain, np.ones(5, bool)).tolist() == [True, False, True, False, True]
     assert pick_leaders(chain, np.array([False, True, True, True, True])).tolist() == [False, True, False, True, False]
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 250))
-def test_water_fill_pours_one_by_one(sizes, total):
-    quotas = np.zeros(len(sizes), int)
-    for _ in range(min(total, sum(sizes))):
-        room = [(quotas[i], i) for i in range(len(sizes)) if quotas[i] < sizes[i]]
-        quotas[min(room)[1]] += 1
-    assert water_fill(np.array(sizes), total).tolist() == quotas.tolist()
-
-
-@given(st.integers(0, 10**6), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
-def test_farthest_first_is_a_cover_within_twice_the_best(seed, count):
-    rng = np.random.default_rng(seed)
-    points = np.round(rng.normal(size=(9, 2))).astype(np.float32)  # rounded: ties and equal points occur
-    nearest = farthest_first(points, count, 4)
-    chosen = np.unique(nearest)
-    distance = np.linalg.norm(points[:, None].astype(float) - points, axis=2)
-    assert len(chosen) == count
-    assert 4 in chosen
-    assert (nearest[chosen] == chosen).all()
-    np.testing.assert_allclose(distance[np.arange(9), nearest], distance[:, chosen].min(1), atol=1e-6)
-    best = min(distance[:, list(other)].min(1).max() for other in itertools.combinations(range(9), count))
-    assert distance[:, chosen].min(1).max() <= 2 * best + 1e-6
 
 
 def test_resolve_follows_chains_to_their_end():

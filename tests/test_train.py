@@ -261,10 +261,10 @@ def test_a_refitted_head_puts_items_in_their_clusters_again() -> None:
         mean=np.zeros(8, np.float32), projection=np.eye(8, 3, dtype=np.float32), centroids=np.zeros((3, 3), np.float32), temperature=1.0
     )
     embeddings = (5 * np.eye(8)[labels * 2] + 0.3 * rng.normal(size=(90, 8))).astype(np.float32)
-    head = train.refit_head(embeddings, labels, old)
+    head = refit_head(embeddings, labels, old)
     assert head.centroids.shape[0] == 3
     assert np.array_equal(head_probabilities(embeddings, head).argmax(1), labels)
-    again = train.refit_head(embeddings, labels, old)
+    again = refit_head(embeddings, labels, old)
     assert np.array_equal(head.centroids, again.centroids)
 
 

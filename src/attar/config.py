@@ -174,6 +174,10 @@ class Cluster:
 class Curate:
     keep_share: float = 1.0
     """Share of the training items, after duplicates and outliers, that the balanced core set keeps."""
+    keep_items: int | None = None
+    """Number of training items that the core set keeps, instead of a share; at least one of every cluster is kept."""
+    core_method: str = "k-centre"
+    """How the core set is drawn from each cluster: "k-centre" (greedy cover), "density" (dense places thinned), "hierarchical" (k-means of k-means, evenly) or "random" (in proportion to size, for comparison)."""
     near_duplicate: float = 0.97
     """Two items are near duplicates when both the cosine similarity of their vectors and the correlation of their 16 × 16 thumbnails reach this."""
     outlier_cut: float = 0.98
@@ -182,6 +186,12 @@ class Curate:
     def faults(self) -> Iterable[str]:
         if not (0 < self.keep_share <= 1):
             yield f"keep_share: {self.keep_share}; expected above 0, at most 1"
+        if not _between(self.keep_items, 1, 10**9):
+            yield f"keep_items: {self.keep_items}; expected at least 1"
+        if self.keep_items is not None and self.keep_share != 1:
+            yield f"keep_items, keep_share: {self.keep_items}, {self.keep_share}; name one of them"
+        if self.core_method not in ("k-centre", "density", "hierarchical", "random"):
+            yield f"core_method: {self.core_method!r}; expected k-centre, density, hierarchical or random"
         if not (0.5 <= self.near_duplicate <= 1):
             yield f"near_duplicate: {self.near_duplicate}; expected 0.5 to 1"
         if not (0 <= self.outlier_cut <= 1):
@@ -262,6 +272,34 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objects:
+    objects_side: int = 448
+    """Side in pixels at which images are looked at for objects (the aspect ratio is kept); the model's own where it takes no other."""
+    objects_layer: str = ""
+    """Layer whose output over the image objects are told apart by; by default the last one."""
+    objects_method: str = "auto"
+    """How objects are told from the rest: "cut" (a normalised cut of each image), "words" (visual words of all images, those that keep away from the border), "lost" (one object around the rarest place), or "auto" (cut for transformers, words for the rest)."""
+    objects_most: int = 40
+    """Most objects of an image; the best are kept."""
+    objects_least: float = 0.002
+    """Share of the image below which a part is no object."""
+    object_kinds: int = 0
+    """Kinds the objects are sorted into; 0 chooses them without labels."""
+
+    def faults(self) -> Iterable[str]:
+        if not (32 <= self.objects_side <= 4096):
+            yield f"objects_side: {self.objects_side}; expected 32 to 4096 pixels"
+        if self.objects_method not in ("auto", "cut", "words", "lost"):
+            yield f"objects_method: {self.objects_method!r}; expected auto, cut, words or lost"
+        if self.objects_most < 1:
+            yield f"objects_most: {self.objects_most}; expected at least 1"
+        if not (0 <= self.objects_least < 1):
+            yield f"objects_least: {self.objects_least}; expected 0 to below 1"
+        if not (0 <= self.object_kinds <= 1000):
+            yield f"object_kinds: {self.object_kinds}; expected 0 (choose) to 1000"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     out: str = ""
     """The run folder; by default attar-runs/NAME-OF-THE-DATA. The same command again resumes it."""
@@ -293,6 +331,7 @@ class Config:
     compress: Compress = field(default_factory=Compress)
     evaluate: Evaluate = field(default_factory=Evaluate)
     search: Search = field(default_factory=Search)
+    objects: Objects = field(default_factory=Objects)
 
     @property
     def out(self) -> Path:

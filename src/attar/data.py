@@ -321,6 +321,11 @@ class Reader:
             container.close()
         self._open.clear()
 
+    def file(self, path: str) -> str | None:
+        """Where an item lies as a file of its own; None for a member of a container."""
+        inside = self._source.kind != "folder" and _MEMBER.fullmatch(path)
+        return None if inside else os.path.join(self._source.base, path)
+
     def read(self, path: str) -> bytes:
         """The encoded bytes of one item."""
         inside = None if self._source.kind == "folder" else _MEMBER.fullmatch(path)

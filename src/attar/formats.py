@@ -68,6 +68,16 @@ def _load_items(folder: Path) -> r.Items:
     return r.Items(root=root, table=pq.read_table(folder / "items.parquet"), quarantine=pq.read_table(folder / "quarantine.parquet"))
 
 
+NAMES = "names.json"
+"""The file of a run folder that holds the names people gave to clusters."""
+HEAD_ARRAYS = ("mean", "projection", "centroids", "weights", "bias")
+
+
+def _head_arrays(head: r.Head) -> dict[str, np.ndarray]:
+    """The arrays a head has; the last two only where it is linear."""
+    return {key: value for key in HEAD_ARRAYS if (value := getattr(head, key)) is not None}
+
+
 def save_model(folder: Path, model: r.Model, name: str) -> None:
     """NAME.safetensors and NAME.json; the head's arrays travel with the weights under "head." names."""
     import torch
@@ -75,9 +85,7 @@ def save_model(folder: Path, model: r.Model, name: str) -> None:
 
     state = {key: value.detach().contiguous().clone() for key, value in model.state.items()}
     if model.head:
-        state |= {
-            f"head.{key}": torch.from_numpy(np.ascontiguousarray(getattr(model.head, key))) for key in ("mean", "projection", "centroids")
-        }
+        state |= {f"head.{key}": torch.from_numpy(np.ascontiguousarray(value)) for key, value in _head_arrays(model.head).items()}
     (folder / f"{name}.safetensors").write_bytes(save(state))  # save_file hides a full disk in an error of its own
     body = {item.name: getattr(model, item.name) for item in dataclasses.fields(model) if item.name not in ("state", "head", "preprocess")}
     body |= {"preprocess": dataclasses.asdict(model.preprocess), "temperature": model.head and model.head.temperature}
@@ -90,7 +98,7 @@ def load_model(folder: Path, name: str) -> r.Model:
     body = read_json(folder / f"{name}.json")
     state = load_file(folder / f"{name}.safetensors")
     temperature = body.pop("temperature")
-    arrays = {key: state.pop(f"head.{key}").numpy() for key in ("mean", "projection", "centroids") if f"head.{key}" in state}
+    arrays = {key: state.pop(f"head.{key}").numpy() for key in HEAD_ARRAYS if f"head.{key}" in state}
     head = r.Head(**arrays, temperature=temperature) if temperature is not None else None
     pre: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in body.pop("preprocess").items()}
     body |= {key: tuple(body[key]) for key in ("shape", "classes", "cuts", "lineage", "signals")}
@@ -114,7 +122,7 @@ def _load_vectors(folder: Path) -> r.Vectors:
 
 def _save_clusters(folder: Path, clusters: r.Clusters) -> None:
     write_table(folder / "clusters.parquet", clusters.table)
-    head = {key: getattr(clusters.head, key) for key in ("mean", "projection", "centroids", "temperature")}
+    head = _head_arrays(clusters.head) | {"temperature": clusters.head.temperature}
     body = {"medoids": clusters.medoids, "curve": clusters.curve, "separation": clusters.separation, "method": clusters.method}
     write_json(folder / "clusters.json", body | {"head": head})
 
@@ -122,7 +130,10 @@ def _save_clusters(folder: Path, clusters: r.Clusters) -> None:
 def _load_clusters(folder: Path) -> r.Clusters:
     body = read_json(folder / "clusters.json")
     head = body.pop("head")
-    arrays = {key: np.asarray(head[key], np.float32) for key in ("mean", "projection", "centroids")}
+    given = read_json(folder / NAMES) if (folder / NAMES).is_file() else {"medoids": [], "names": []}
+    if given["medoids"] == body["medoids"]:  # else they are of other clusters, until the stage's end has carried them over
+        body["names"] = {row["cluster"]: row["name"] for row in given["names"]}
+    arrays = {key: np.asarray(head[key], np.float32) for key in HEAD_ARRAYS if key in head}
     return r.Clusters(
         table=pq.read_table(folder / "clusters.parquet"),
         head=r.Head(**arrays, temperature=head["temperature"]),
@@ -171,6 +182,27 @@ def _save_ranking(folder: Path, found: r.Ranking) -> None:
 def _load_ranking(folder: Path) -> r.Ranking:
     body = read_json(folder / "search" / "table.json")
     return r.Ranking(policy=_load_policy(folder / "search"), rows=tuple(body["rows"]), verdict=body["verdict"])
+
+
+def _save_objects(folder: Path, found: r.Objects) -> None:
+    from attar.stages.objects import coco
+
+    home = folder / "objects"
+    home.mkdir()
+    for number, table in enumerate(found.batches()):
+        write_table(home / f"{number:05d}.parquet", table)
+    write_table(home / "images.parquet", found.images)
+    write_json(home / "kinds.json", {"kinds": found.kinds, "method": found.method})
+    (home / "sheet.png").write_bytes(found.sheet)
+    coco.write(home / "objects.json", found)
+
+
+def _load_objects(folder: Path) -> r.Objects:
+    home = folder / "objects"
+    body = read_json(home / "kinds.json")
+    shards = [functools.partial(pq.read_table, path) for path in sorted(home.glob("[0-9]*.parquet"))]
+    images, sheet = pq.read_table(home / "images.parquet"), (home / "sheet.png").read_bytes()
+    return r.Objects(shards=shards, images=images, kinds=tuple(body["kinds"]), method=body["method"], sheet=sheet)
 
 
 def _save_original(folder: Path, model: r.Model) -> None:
@@ -250,6 +282,7 @@ FORMATS: dict[type, Format] = {
     r.Selection: Format(_save_selection, _load_selection),
     r.Policy: Format(_save_policy, _load_policy),
     r.Ranking: Format(_save_ranking, _load_ranking),
+    r.Objects: Format(_save_objects, _load_objects),
     r.Model: Format(_save_original, lambda folder: load_model(folder / "original", "original")),
     r.Front: Format(_save_front, _load_front),
     r.Evidence: Format(_save_evidence, _load_evidence),

@@ -32,8 +32,8 @@ QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string()), (
 CLUSTER_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
-        ("cluster", pa.int32()),  # coarse (k-means) cluster, 0 … k−1
-        ("subcluster", pa.int32()),  # density cluster inside it, numbered across the whole table; −1 for none
+        ("cluster", pa.int32()),  # coarse cluster, 0 … k−1, by descending size
+        ("subcluster", pa.int32()),  # group inside it, numbered across the whole table; −1 for none, and for what density methods call noise
         ("distance", pa.float32()),  # to the cluster's centroid, in the clustering space
         ("density", pa.float32()),  # 1 / mean distance to the nearest neighbours in the cluster
         ("outlier", pa.float32()),  # 0 (typical) … 1 (far from everything): see cluster.outlier_scores
@@ -48,6 +48,21 @@ SELECTION_SCHEMA = pa.schema(
         ("similarity", pa.float32()),  # cosine similarity to the witness
         ("weight", pa.float32()),  # kept items: how many items they stand for, itself included; dropped: 0
         ("leak", pa.bool_()),  # a validation or test item with a near duplicate in the training split
+    ]
+)
+OBJECT_SCHEMA = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("kind", pa.int32()),  # 0 … kinds−1
+        ("score", pa.float32()),  # 0 … 1: how unlike its surroundings, and how surely told from them
+        ("x", pa.int32()),  # box, pixels of the upright original
+        ("y", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("area", pa.int64()),  # of the mask, pixels of the upright original
+        ("mask_height", pa.int32()),  # the mask at the size it was found: the original's, or smaller
+        ("mask_width", pa.int32()),
+        ("counts", pa.list_(pa.int32())),  # its run lengths, column by column, zeros first
     ]
 )
 
@@ -130,12 +145,15 @@ class Vectors:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Embedding → cluster probabilities: softmax(−‖(e/‖e‖ − mean) · projection − centroid‖² / temperature)."""
+    """Embedding → cluster probabilities, of z = (e/‖e‖ − mean) · projection: softmax(−‖z − centroid‖² / temperature), the nearest centroid; or,
+    where there are weights, softmax(z · weights + bias), any partition by flat borders; the centroids then only say where its items lie."""
 
     mean: np.ndarray  # (d,) float32
     projection: np.ndarray  # (d, p) float32
     centroids: np.ndarray  # (k, p) float32
     temperature: float
+    weights: np.ndarray | None = None  # (p, k) float32
+    bias: np.ndarray | None = None  # (k,) float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +168,9 @@ class Clusters:
     separation: float
     """Mean silhouette of the chosen clustering in the clustering space, −1 … 1."""
     method: str
-    """In words: what chose the number of clusters."""
+    """In words: what made the clusters, and what chose their number."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Names people gave to clusters, by number; they lie in a file of their own and outlive the stage."""
 
     @property
     def count(self) -> int:
@@ -204,6 +224,39 @@ class Ranking:
     """One per policy, best first: rank, policy, eliminated (round, or empty), seeds, cost, score and every yardstick with interval."""
     verdict: str
     """In a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """What stands out in each image, in shards that are read one at a time."""
+
+    shards: Sequence[Callable[[], pa.Table]]
+    """Each call reads one shard, schema OBJECT_SCHEMA; items ascend within and across shards, scores descend within an item."""
+    images: pa.Table
+    """id, path, width, height of every item, ordered by id."""
+    kinds: tuple[Mapping[str, Any], ...]
+    """One per kind, the largest first: kind, objects (how many), item and score of the one nearest its centre."""
+    method: str
+    """In words: how they were found."""
+    sheet: bytes
+    """A PNG file: some of the images with boxes and masks drawn, a colour per kind."""
+
+    @property
+    def count(self) -> int:
+        return sum(kind["objects"] for kind in self.kinds)
+
+    def batches(self) -> Iterator[pa.Table]:
+        for shard in self.shards:
+            yield shard()
+
+    def foreground(self) -> np.ndarray:
+        """The box x0, y0, x1, y1 around all objects of each item, (items, 4) float64 in pixels; NaN where there are none: `boxes` of attar.Augment."""
+        boxes = np.tile([np.inf, np.inf, -np.inf, -np.inf], (self.images.num_rows, 1))
+        for table in self.batches():
+            item, x, y, width, height = (table[name].to_numpy() for name in ("item", "x", "y", "width", "height"))
+            np.minimum.at(boxes[:, :2], item, np.stack([x, y], 1))
+            np.maximum.at(boxes[:, 2:], item, np.stack([x + width, y + height], 1))
+        return np.where(np.isfinite(boxes), boxes, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,15 +128,19 @@ class ClusterHead(nn.Module):
     mean: Tensor
     projection: Tensor
     centroids: Tensor
+    weights: Tensor
+    bias: Tensor
 
     def __init__(self, head: Head) -> None:
         super().__init__()
-        self.temperature = head.temperature
-        for name in ("mean", "projection", "centroids"):
+        self.temperature, self.linear = head.temperature, head.weights is not None
+        for name in ("mean", "projection", *(("weights", "bias") if self.linear else ("centroids",))):
             self.register_buffer(name, torch.as_tensor(getattr(head, name)))
 
     def forward(self, embedding: Tensor) -> Tensor:
         z = (F.normalize(embedding, dim=1) - self.mean) @ self.projection
+        if self.linear:
+            return F.softmax(z @ self.weights + self.bias, 1)
         # ‖z − c‖² without ‖z‖², which softmax cancels
         distances = self.centroids.square().sum(1) - 2 * z @ self.centroids.T
         return F.softmax(-distances / self.temperature, 1)

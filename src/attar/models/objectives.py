@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -24,6 +24,75 @@ def nt_xent(first: Float[Tensor, "items dim"], second: Float[Tensor, "items dim"
     similarity.fill_diagonal_(float("-inf"))
     positives = torch.arange(2 * count, device=views.device).roll(count)
     return F.cross_entropy(similarity, positives)
+
+
+def vicreg(first: Float[Tensor, "items dim"], second: Float[Tensor, "items dim"]) -> Float[Tensor, ""]:
+    """Variance, invariance and covariance of two views of the same items, without negatives (VICReg, Bardes et al. 2022, eq. 6, weights 25, 25, 1).
+
+    25 · mean squared difference of the views + 25 · mean over the channels of max(0, 1 − standard deviation), averaged over the views, + the
+    sum of the squared covariances between different channels over the number of channels, of both views. A representation in which all
+    items are alike costs 25:
+
+    >>> round(float(vicreg(torch.ones(4, 3), torch.ones(4, 3))), 1)
+    24.8
+    """
+    apart = F.mse_loss(first, second)
+    narrow, mixed = first.new_zeros(()), first.new_zeros(())
+    for view in (first, second):
+        centred = view - view.mean(0)
+        covariance = centred.T @ centred / (len(view) - 1)
+        narrow = narrow + F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean() / 2
+        mixed = mixed + (covariance.square().sum() - covariance.diagonal().square().sum()) / view.shape[1]
+    return 25 * apart + 25 * narrow + mixed
+
+
+def information(first: Float[Tensor, "items kinds"], second: Float[Tensor, "items kinds"]) -> Float[Tensor, ""]:
+    """Minus the mutual information, in nats, of the kinds two views of an item are given (IIC, Ji et al. 2019, eq. 3).
+
+    −Σ P_ab ln(P_ab / (P_a P_b)), P = (Q + Qᵀ) / 2 with Q = first ᵀ second / items; rows are probabilities. From 0 down to −ln(kinds), where
+    views agree, each kind is certain and all are equally frequent:
+
+    >>> kinds = torch.eye(4)
+    >>> round(float(information(kinds, kinds)), 4) == round(-float(torch.tensor(4.0).log()), 4)
+    True
+    """
+    joint = first.T @ second / len(first)
+    joint = ((joint + joint.T) / 2).clamp_min(1e-12)
+    left, right = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
+    return -(joint * (joint.log() - left.log() - right.log())).sum()
+
+
+def prototypes(
+    points: Float[Tensor, "items dim"], centroids: Float[Tensor, "kinds dim"], kinds: Int[Tensor, " items"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross entropy of each item's kind under softmax(cosine to the unit centroids / temperature) (DeepCluster-v2, Caron et al. 2020).
+
+    >>> float(prototypes(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), 0.1)) < 1e-4
+    True
+    """
+    return F.cross_entropy(F.normalize(points, dim=1) @ centroids.T / temperature, kinds)
+
+
+def masked_error(
+    made: Float[Tensor, "items channels height width"],
+    wanted: Float[Tensor, "items channels height width"],
+    hidden: Float[Tensor, "items 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean squared error of a reconstruction; hidden pixels (1 in `hidden`, else 0) and seen ones count half each, where there are hidden ones."""
+    squared = (made - wanted).square().mean(1, keepdim=True)
+    seen = (squared * (1 - hidden)).sum() / (1 - hidden).sum().clamp_min(1)
+    unseen = (squared * hidden).sum() / hidden.sum().clamp_min(1)
+    return (seen + unseen) / 2 if bool(hidden.any()) else seen
+
+
+def spread(embeddings: Float[Tensor, "items dim"]) -> float:
+    """How far unit embeddings lie from their mean: the root of the mean squared distance, 0 (all alike) … 1 (in every direction).
+
+    >>> round(spread(torch.eye(4)), 3), spread(torch.ones(4, 3))
+    (0.866, 0.0)
+    """
+    units = F.normalize(embeddings.float(), dim=1)
+    return float((units - units.mean(0)).square().sum(1).mean().sqrt())
 
 
 def effective_rank(embeddings: Float[Tensor, "items dim"]) -> float:

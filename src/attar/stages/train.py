@@ -23,10 +23,10 @@ from attar.modalities.image import Loader
 from attar.models import sources
 from attar.models.network import Network
 from attar.models.objectives import effective_rank, nt_xent
-from attar.records import Clusters, Head, Items, Model, Policy, Preprocess, Selection, Vectors
+from attar.records import Clusters, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import augment, normalise
-from attar.stages.cluster.space import principal_axes, squared_distances, unit
+from attar.stages.cluster.head import refit_head
 from attar.workspace import Job
 
 RATE = 2e-3
@@ -260,17 +260,6 @@ def train(
     step = f"{steps} further contrastive steps on {len(ids)} curated items ({said})"
     head = refit_head(embeddings, own, clusters.head)
     return replace(model, state=network.state_dict(), head=head, lineage=(*model.lineage, step), signals=curve)
-
-
-def refit_head(embeddings: np.ndarray, labels: np.ndarray, head: Head) -> Head:
-    """The cluster head for the embeddings (n, d) an encoder gives now: the same clusters, each at the mean of its items (labels (n,) int)."""
-    values = unit(embeddings)
-    mean = values.mean(0)
-    projection = principal_axes(np.cov(values.T.astype(np.float64), bias=True), head.projection.shape[1])
-    points = (values - mean) @ projection
-    centroids = np.stack([points[labels == label].mean(0) for label in range(len(head.centroids))])
-    spread = float(squared_distances(points, centroids)[np.arange(len(labels)), labels].mean())
-    return Head(mean=mean, projection=projection, centroids=centroids, temperature=spread / 4 or 1e-6)  # as in cluster
 
 
 def _embed(network: Network, images: np.ndarray, preprocess: Preprocess) -> np.ndarray:

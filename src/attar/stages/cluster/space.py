@@ -36,12 +36,19 @@ def squared_distances(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     return out
 
 
-def head_probabilities(vectors: np.ndarray, head: Head) -> np.ndarray:
-    """Cluster probabilities softmax(−‖z − c‖² / temperature) of embeddings: (n, d) → (n, k) float32, rows sum to 1.
+def head_scores(points: np.ndarray, head: Head) -> np.ndarray:
+    """Logits of points in the clustering space, (n, p) → (n, k) float32: z · weights + bias of a linear head, else −‖z − c‖² / temperature."""
+    if head.weights is not None:
+        return points @ head.weights + head.bias
+    return -squared_distances(points, head.centroids) / np.float32(head.temperature)
 
-    This is the posterior of equally likely spherical Gaussians of variance temperature/2; its argmax is the nearest centroid.
+
+def head_probabilities(vectors: np.ndarray, head: Head) -> np.ndarray:
+    """Cluster probabilities of embeddings, the softmax of their scores: (n, d) → (n, k) float32, rows sum to 1.
+
+    Of nearest centroids this is the posterior of equally likely spherical Gaussians of variance temperature/2.
     """
-    return softmax(-squared_distances(project(vectors, head), head.centroids) / np.float32(head.temperature), axis=1)
+    return softmax(head_scores(project(vectors, head), head), axis=1)
 
 
 def principal_axes(covariance: np.ndarray, components: int) -> np.ndarray:

@@ -27,7 +27,7 @@ Answer = tuple[Tensor, Tensor | None]
 """Embeddings and, of a classifier, logits."""
 LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
-MIXED_FROM = 40
+MIXED_FROM = 100
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 MIXED_UNTIL = 0.8
 """Share of the steps after which there are no mixtures any more: the student ends on items as they are."""

@@ -16,8 +16,8 @@ from attar.errors import ModelError, UsageError
 from attar.models import sources
 from attar.models.network import ClusterHead, Network, count_macs, count_parameters, find_classifier, plain
 from attar.records import Model
+from attar.stages.cluster.head import refit_head
 from attar.stages.compress.feed import Feed
-from attar.stages.train import refit_head
 from attar.workspace import Job
 
 REFITTED = 5_000
@@ -115,14 +115,7 @@ def with_head(model: Model, student: Network, teacher: Network, feed: Feed) -> M
     directed = np.linalg.norm(values, axis=1) > 0  # a ReLU may leave nothing of an item
     if not directed.any():
         raise ModelError("student: its embedding is zero for every training item; give it more channels, or a longer distillation")
-    own, values = own[directed], values[directed]
-    present = np.unique(own)
-    head = refit_head(values, np.searchsorted(present, own), replace(model.head, centroids=model.head.centroids[present]))
-    centroids = np.full(
-        (len(model.head.centroids), head.centroids.shape[1]), 10.0, np.float32
-    )  # projected unit vectors come no nearer than 8
-    centroids[present] = head.centroids
-    return replace(model, head=replace(head, centroids=centroids))
+    return replace(model, head=refit_head(values[directed], own[directed], model.head))
 
 
 def source_of(settings: config.Compress, model: Model) -> str | None:

@@ -20,6 +20,7 @@ from scipy.spatial.distance import cdist
 from attar import config
 from attar.records import SELECTION_SCHEMA, SPLITS, Clusters, Items, Selection, Vectors
 from attar.stages.cluster.space import place, unit
+from attar.stages.curate.coreset import core_set, coverage
 from attar.workspace import Job
 
 BLOCK = 2048  # items compared with as many others at once: two float32 tables of 16 MB
@@ -71,42 +72,6 @@ def pick_leaders(similarity: np.ndarray, free: np.ndarray) -> np.ndarray:
         if leader[row]:
             leader[row + 1 :] &= similarity[row, row + 1 :] < -1
     return leader
-
-
-def water_fill(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Quotas that are as equal as the sizes allow: (k,) int, sum → (k,) int with quota ≤ size, Σ quota = min(total, Σ size).
-
-    Small groups keep all; what remains over is shared equally by the others, the odd ones going to the lowest numbers.
-    Example: water_fill([2, 10, 10], 13) = [2, 6, 5].
-    """
-    quotas = np.zeros(len(sizes), np.int64)
-    left = min(int(total), int(np.sum(sizes)))
-    while left:
-        open_ = np.flatnonzero(quotas < sizes)
-        share = max(left // len(open_), 1)
-        given = np.minimum(sizes[open_] - quotas[open_], share)[:left]
-        quotas[open_[: len(given)]] += given
-        left -= int(given.sum())
-    return quotas
-
-
-def farthest_first(points: np.ndarray, count: int, start: int) -> np.ndarray:
-    """Greedy k-centre cover (Gonzalez 1985): each point's nearest chosen point, (m, p) float → (m,) int; chosen ones have themselves.
-
-    Begins with `start` and adds `count` − 1 times the point farthest from those chosen (the first of equally far ones); the
-    largest distance to a chosen point is at most twice the smallest possible one.
-    """
-    nearest = np.full(len(points), start)
-    distance = ((points - points[start]) ** 2).sum(1)
-    distance[start] = -1
-    for _ in range(count - 1):
-        new = int(distance.argmax())
-        fresh = ((points - points[new]) ** 2).sum(1)
-        nearest[fresh < distance] = new
-        nearest[new] = new
-        distance = np.minimum(distance, fresh)
-        distance[new] = -1
-    return nearest
 
 
 def resolve(witness: np.ndarray) -> np.ndarray:
@@ -282,26 +247,19 @@ def _drop_outliers(items: Items, clusters: Clusters, settings: config.Curate, de
 
 
 def _drop_redundant(vectors: Vectors, clusters: Clusters, settings: config.Curate, decisions: _Decisions, job: Job) -> None:
-    """Keeps a balanced core set of the share asked for, at least one item of each cluster; the others have the nearest kept one."""
+    """Keeps a balanced core set of the size asked for, at least one item of each cluster; the others have the nearest kept one."""
     rows = np.flatnonzero(decisions.train & decisions.standing)
-    label = clusters.column("cluster")[rows]
-    sizes = np.bincount(label, minlength=clusters.count)
-    quotas = water_fill(sizes, max(round(settings.keep_share * len(rows)), int((sizes > 0).sum())))
-    if (quotas == sizes).all():
+    total = round(settings.keep_share * len(rows)) if settings.keep_items is None else settings.keep_items
+    if total >= len(rows):
         return
-    points, _ = place(vectors, clusters.head.mean, clusters.head.projection, job)
-    centre = clusters.column("distance")
-    with job.progress(len(rows), "core set") as bar:
-        for number in np.flatnonzero(quotas < sizes):
-            members = rows[label == number]
-
-            def cover(members: np.ndarray = members, quota: int = int(quotas[number])) -> pa.Table:
-                return pa.table({"nearest": farthest_first(points[members], quota, int(centre[members].argmin()))})
-
-            nearest = job.once(f"core-{number:05d}.parquet", cover)["nearest"].to_numpy()
-            dropped = nearest != np.arange(len(members))
-            decisions.drop(members[dropped], "redundant", members[nearest[dropped]])
-            bar.update(len(members))
+    points, labels = place(vectors, clusters.head.mean, clusters.head.projection, job)[0][rows], clusters.column("cluster")[rows]
+    nearest = core_set(points, labels, clusters.column("distance")[rows], total, settings.core_method, job)
+    dropped = nearest != np.arange(len(rows))
+    decisions.drop(rows[dropped], "redundant", rows[nearest[dropped]])
+    kept = np.flatnonzero(~dropped)
+    if len(kept) < len(rows):
+        found = coverage(points, labels, kept, job.rng("coverage"))
+        job.say(f"core set ({settings.core_method}): {len(kept)} of {len(rows)} items; {found}")
 
 
 def _similarity(vectors: Vectors, units: _Units, witness: np.ndarray) -> np.ndarray:
