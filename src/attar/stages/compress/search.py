@@ -40,6 +40,8 @@ TRIALS = 7
 """Cuts that are tried, at most, to find the size a bound on cost allows."""
 CLOSE = 0.03
 """How far below its bound a cost may stay, as a share of it, for the search for a size to end."""
+COUNTED = ("macs", "parameters")
+"""Costs that the weights' precision does not change."""
 COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
 LANES = 16
@@ -78,7 +80,12 @@ class Search:
     # what is tried
 
     def whole(self) -> bool:
-        """The whole model in the smaller precisions, in float32 too where another runtime may gain; returns whether that is all the budget asks."""
+        """The whole model in the smaller precisions, in float32 too where another runtime may gain; returns whether that is all the budget asks.
+
+        Where the budget bounds counts alone no precision of the whole can meet it, and none is made.
+        """
+        if self.costs and all(constraint.metric in COUNTED for constraint in self.costs) and excess(self.costs, self.original.figures) > 1:
+            return False
         return self._enough(self._forms("whole", lambda: self.model, PRECISIONS[self.settings.runtime == DEFAULT :]))
 
     def cut(self) -> None:
@@ -154,7 +161,7 @@ class Search:
 
         int8 counts for that only where the whole model in int8 does not meet them: it is there already, and its cuts agree less.
         """
-        counted = [constraint for constraint in self.costs if constraint.metric in ("macs", "parameters")]
+        counted = [constraint for constraint in self.costs if constraint.metric in COUNTED]
         forms = PRECISIONS[:1] if any(excess(self.costs, c.figures) <= 1 for c in self.made) else PRECISIONS
         share, whole = 1.0, self.original.figures
 
