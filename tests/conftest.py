@@ -23,7 +23,7 @@ from PIL import Image
 
 # Before attar is imported: the shapes in signatures are checked while testing, in the modules that state them
 # (attar.stats is wrapped by its own tests, which must also reach the messages it gives for unequal lengths).
-SHAPED = ["attar.models.objectives", "attar.stages.augment", "attar.stages.compress.repair"]
+SHAPED = ["attar.models.objectives", "attar.stages.augment", "attar.stages.compress.repair", "attar.stages.objects"]
 install_import_hook(SHAPED, "beartype.beartype")
 
 from attar.config import Data  # noqa: E402

@@ -60,7 +60,7 @@ def made_items(root: Path) -> tuple[r.Items, np.ndarray]:
         pixels[..., group[item]] += 150
         Image.fromarray(pixels).save(root / name, "PNG")
         split = "test" if item % 6 == 4 else "validation" if item % 6 == 5 else "train"
-        rows.append((item, name, "image", f"{item:032x}", (root / name).stat().st_size, 20, 24, "PNG", None, split, "", bytes(256)))
+        rows.append((item, name, "image", f"{item:032x}", (root / name).stat().st_size, 20, 24, "PNG", None, split, "", bytes(256), 0.3))
     table = pa.table([pa.array(column, kind) for column, kind in zip(zip(*rows), r.ITEM_SCHEMA.types)], schema=r.ITEM_SCHEMA)
     broken = [
         {"path": f"<img src=x onerror=alert(1)>{i}", "reason": "the file is empty (0 bytes)", "remedy": "delete it"} for i in range(2)
@@ -91,8 +91,10 @@ def records(root: Path, classes: tuple[str, ...] = ("cat", "<dog>", "cow")) -> d
     reason = np.full(COUNT, "", object)
     reason[[3, 4, 9, 12]] = "exact duplicate", "near duplicate", "outlier", "redundant"
     witness = np.where(np.isin(ids, [3, 4]), 0, -1)
+    flag = np.where(ids == 12, "dark, odd size", "").astype(object)
     table = pa.table(
-        [ids, reason == "", reason, witness, np.where(witness >= 0, 0.98, 0), 1.0 * (reason == ""), ids == 10], r.SELECTION_SCHEMA.names
+        [ids, reason == "", reason, witness, np.where(witness >= 0, 0.98, 0), 1.0 * (reason == ""), ids == 10, flag],
+        r.SELECTION_SCHEMA.names,
     )
     costs = {"size": 2.6e6, "parameters": 9e5, "macs": 4e7, "latency": 3.4, "agreement": 1.0, "n": 120.0}
     file = root / "run" / "model" / "student.onnx"

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,7 @@ def make_items(
         "split": split or [{8: "validation", 9: "test"}.get(number % 10, "train") for number in range(count)],
         "note": [""] * count,
         "thumb": [row.tobytes() for row in thumbs],
+        "blur": [0.3] * count,
     } | columns
     return records.Items(root="/data", table=pa.table(body, records.ITEM_SCHEMA), quarantine=records.QUARANTINE_SCHEMA.empty_table())
 
@@ -65,8 +67,10 @@ def job(folder: Path, name: str = "cluster", seed: int = 0) -> Job:
     return Job(name, folder, seed=seed, quiet=True)
 
 
-def run(values: np.ndarray, folder: Path, items: records.Items | None = None, seed: int = 0, **options: int) -> records.Clusters:
-    return cluster(items or make_items(len(values)), make_vectors(values), config.Cluster(**options), job(folder, seed=seed))
+def run(values: np.ndarray, folder: Path, items: records.Items | None = None, seed: int = 0, **options: Any) -> records.Clusters:
+    """The stage, by k-means unless another method is asked for."""
+    chosen = config.Cluster(**{"cluster_method": "kmeans", **options})
+    return cluster(items or make_items(len(values)), make_vectors(values), chosen, job(folder, seed=seed))
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,25 @@ import pytest
 
 import attar
 from attar.cli import SEARCHED, _parse, _settings, make_parser, make_search_parser
-from attar.config import SECTIONS, Config, Search, build_config, flatten, options, read_toml, template, tomllib
+from attar.config import SECTIONS, Config, Objects, Search, build_config, flatten, options, read_toml, template, tomllib
 from attar.errors import UsageError
+
+BESIDE = ("search", "objects")
+"""Sections of verbs beside the spine."""
 
 EVERYTHING: dict[str, Any] = {
     "out": "runs/x",
     "seed": 7,
     "workers": 3,
+    "tensorboard": "boards",
+    "engine": "ray",
+    "ray_address": "auto",
     "data": "shots/**/*.png",
     "test_share": 0.2,
     "validation_share": 0.15,
     "max_megapixels": 40.0,
     "model": "net.py:build",
+    "pretrained": "hf:dino",
     "weights": "net.safetensors",
     "output": "logits",
     "input_size": 96,
@@ -34,7 +41,11 @@ EVERYTHING: dict[str, Any] = {
     "generate_steps": 50,
     "generate_side": 64,
     "generate_count": 20,
+    "objective": "vicreg, cluster",
     "self_steps": 20,
+    "self_kinds": 40,
+    "adapt_steps": 30,
+    "relearn_share": 0.25,
     "self_width": 8,
     "batch_size": 32,
     "temperature": 0.1,
@@ -45,6 +56,7 @@ EVERYTHING: dict[str, Any] = {
     "keep_share": 0.5,
     "near_duplicate": 0.9,
     "outlier_cut": 0.95,
+    "drop_flagged": "blank, odd size",
     "train_steps": 0,
     "budget": "size<=0.5x, agreement>=0.9",
     "minutes": 2.5,
@@ -58,6 +70,13 @@ EVERYTHING: dict[str, Any] = {
     "neighbours": 3,
     "search_steps": 4000,
     "search_minutes": 7.5,
+    "objects_side": 320,
+    "objects_layer": "encoder",
+    "objects_method": "words",
+    "objects_most": 9,
+    "objects_least": 0.01,
+    "objects_neck": 0.5,
+    "object_kinds": 4,
 }
 
 
@@ -95,15 +114,18 @@ def toml_of(settings: dict[str, Any]) -> str:
 def test_three_doors_build_the_same_config(tmp_path: Path) -> None:
     assert set(EVERYTHING) == set(options()), "the test above all sets every option"
     by_keyword = build_config(EVERYTHING)
-    of_run = {name: value for name, value in EVERYTHING.items() if name != "data" and options()[name].section != "search"}
+    of_run = {name: value for name, value in EVERYTHING.items() if name != "data" and options()[name].section not in BESIDE}
     words = [EVERYTHING["data"], *flags_of(of_run)]
     file = tmp_path / "attar.toml"
     file.write_text(toml_of(EVERYTHING))
     assert by_keyword == build_config({}, file) == from_flags("--config", str(file))
-    assert from_flags(*words) == dataclasses.replace(by_keyword, search=Search())
+    assert from_flags(*words) == dataclasses.replace(by_keyword, search=Search(), objects=Objects())
     searched = {name: value for name, value in EVERYTHING.items() if name != "out" and options()[name].section in SEARCHED}
     given, _ = _settings(_parse(["augment", "search", EVERYTHING["out"], "--quiet", *flags_of(searched)]))
     assert build_config(given | {"out": EVERYTHING["out"]}).search == by_keyword.search
+    looked = {name: value for name, value in EVERYTHING.items() if options()[name].section == "objects"}
+    given, _ = _settings(make_parser().parse_args(["objects", EVERYTHING["out"], "--quiet", *flags_of(looked)]))
+    assert build_config(given | {"data": "photos"}).objects == by_keyword.objects
     assert flatten(by_keyword) == EVERYTHING
     defaults = flatten(build_config({"data": "photos"}))
     assert [name for name in EVERYTHING if defaults[name] == EVERYTHING[name]] == [], "a default would pass this test unread"
@@ -220,6 +242,12 @@ def test_wrong_types(given: dict[str, Any], expected: str) -> None:
         ({"policy": "bold"}, "There is no policy 'bold'"),
         ({"search_steps": 0}, "expected at least 1"),
         ({"search_minutes": 0}, "expected above 0"),
+        ({"objects_side": 16}, "expected 32 to 4096 pixels"),
+        ({"objects_method": "best"}, "objects_method: 'best'; expected cut, words or lost"),
+        ({"objects_most": 0}, "expected at least 1"),
+        ({"objects_least": 1}, "expected 0 to below 1"),
+        ({"objects_neck": 1}, "expected 0 (never cut) to below 1"),
+        ({"object_kinds": -1}, "expected 0 (choose) to 1000"),
         ({"self_steps": 0}, "expected at least 1"),
         ({"self_width": 7}, "expected 8 to 256"),
         ({"batch_size": 3}, "expected at least 4"),
@@ -233,6 +261,8 @@ def test_wrong_types(given: dict[str, Any], expected: str) -> None:
         ({"keep_share": 1.01}, "expected above 0, at most 1"),
         ({"near_duplicate": 0.4}, "expected 0.5 to 1"),
         ({"outlier_cut": 2}, "expected 0 to 1"),
+        ({"drop_flagged": "hazy"}, "expected some of blank, blurred"),
+        ({"relearn_share": 2}, "expected 0 to 1"),
         ({"train_steps": -1}, "expected 0 or more"),
         ({"budget": "size>=3MB"}, "budget: 'size>=3MB': size is bounded with <="),
         ({"minutes": 0}, "expected above 0"),
@@ -314,11 +344,12 @@ def test_init_never_overwrites(tmp_path: Path) -> None:
 def test_every_option_has_a_text_a_home_and_a_flag() -> None:
     help_of_run = " ".join(next(a for a in make_parser()._actions if a.choices).choices["run"].format_help().split())
     help_of_search = " ".join(make_search_parser().format_help().split())
+    help_of_objects = " ".join(next(a for a in make_parser()._actions if a.choices).choices["objects"].format_help().split())
     for name, option in options().items():
         assert len(option.text) > 15, name
         assert option.text[0].isupper(), name
         assert option.text.endswith("."), name
-        shown = help_of_search if option.section == "search" else help_of_run
+        shown = {"search": help_of_search, "objects": help_of_objects}.get(option.section, help_of_run)
         assert name == "data" or f"--{name.replace('_', '-')} " in shown, name
     assert {option.section for option in options().values()} == {item.name for item in dataclasses.fields(Config)}
 

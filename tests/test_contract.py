@@ -74,7 +74,7 @@ def _records(folder: Path, items: r.Items) -> dict[type, Any]:
     shards = [lambda half=half: half for half in halves]
     clusters = pa.table([items.ids(), *[np.zeros(n)] * 5], names=r.CLUSTER_SCHEMA.names).cast(r.CLUSTER_SCHEMA)
     selection = pa.table(
-        [items.ids(), np.ones(n, bool), [""] * n, np.full(n, -1), np.zeros(n), np.ones(n), np.zeros(n, bool)],
+        [items.ids(), np.ones(n, bool), [""] * n, np.full(n, -1), np.zeros(n), np.ones(n), np.zeros(n, bool), [""] * n],
         names=r.SELECTION_SCHEMA.names,
     ).cast(r.SELECTION_SCHEMA)
     figure = r.Figure("agreement", "student", 0.9, 0.8, 0.95, 40, "test", "exact 95 %", "share")

@@ -197,7 +197,7 @@ def test_the_core_set_is_balanced(tmp_path):
     clusters = make_clusters(values, items, 2)
     sizes = np.bincount(clusters.column("cluster"))
     assert sizes.tolist() == [79, 21]
-    selection, _ = decide(values, tmp_path, items, keep_share=0.5)
+    selection, _ = decide(values, tmp_path, items, keep_share=0.5, core_method="k-centre")
     kept = clusters.column("cluster")[selection.column("keep")]
     assert np.bincount(kept).tolist() == [29, 21]
     points = project(values, clusters.head)

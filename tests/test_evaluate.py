@@ -133,6 +133,7 @@ def _items(root: Path) -> tuple[Items, np.ndarray]:
         "split": ["train" if number % 3 else "test" for number in range(COUNT)],
         "note": [""] * COUNT,
         "thumb": [bytes(256)] * COUNT,
+        "blur": [0.3] * COUNT,
     }
     return Items(root=str(root), table=pa.table(table, ITEM_SCHEMA), quarantine=QUARANTINE_SCHEMA.empty_table()), colours[order]
 
@@ -151,6 +152,7 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
         "similarity": [0.0] * COUNT,
         "weight": [1.0] * COUNT,
         "leak": [False] * COUNT,
+        "flag": [""] * COUNT,
     }
     model = Model(source={}, state={}, preprocess=PLAIN, classes=NAMES)
     files = {name: colour_net(tmp_path / f"{name}.onnx", noise=noise) for name, noise in (("original", 0.0), ("cut", 0.6))}

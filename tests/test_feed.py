@@ -45,6 +45,7 @@ def item_feed(items: Items, job: Job, dropped: tuple[int, ...] = (), leaks: tupl
         "similarity": np.zeros(count),
         "weight": np.ones(count),
         "leak": np.isin(items.ids(), leaks),
+        "flag": [""] * count,
     }
     selection = Selection(table=pa.table(rows).cast(SELECTION_SCHEMA), thresholds={})
     return ItemFeed(items, clusters, selection, POLICY, PREPROCESS, job)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from attar.models.objectives import distillation, effective_rank, nt_xent
+from attar.models.objectives import distillation, effective_rank, masked_error, nt_xent, prototypes, spread, vicreg
 
 seeds = st.integers(0, 10_000)
 
@@ -90,6 +90,62 @@ def test_effective_rank_tells_collapse_and_survives_zeros() -> None:
 def test_effective_rank_refuses_a_vector() -> None:
     with pytest.raises(TypeCheckError, match="embeddings"):
         effective_rank(torch.ones(4))
+
+
+@given(seeds)
+def test_vicreg_is_its_formula_in_loops(seed: int) -> None:
+    first, second = _pair(seed, 7, 4)
+    n, d = first.shape
+    total = 25 * sum((float(a) - float(b)) ** 2 for a, b in zip(first.flatten(), second.flatten())) / (n * d)
+    for view in (first.tolist(), second.tolist()):
+        mean = [sum(row[c] for row in view) / n for c in range(d)]
+
+        def covariance(a: int, b: int) -> float:
+            return sum((row[a] - mean[a]) * (row[b] - mean[b]) for row in view) / (n - 1)  # noqa: B023
+
+        total += 25 / 2 * sum(max(0.0, 1 - math.sqrt(covariance(c, c) + 1e-4)) for c in range(d)) / d
+        total += sum(covariance(a, b) ** 2 for a in range(d) for b in range(d) if a != b) / d
+    assert float(vicreg(first, second)) == pytest.approx(total, rel=1e-4)
+
+
+@given(seeds)
+def test_vicreg_sees_views_apart_and_collapse(seed: int) -> None:
+    first, noise = _pair(seed, 40, 6)
+    spread_out = torch.linalg.qr(first - first.mean(0))[0] * math.sqrt(39)
+    assert float(vicreg(spread_out, spread_out)) < 0.1, "unit variance, no covariance, equal views"
+    assert float(vicreg(spread_out, spread_out + 0.3 * noise)) > float(vicreg(spread_out, spread_out))
+    assert float(vicreg(0 * first, 0 * first)) == pytest.approx(25 * 0.99, rel=1e-3)
+
+
+def test_prototypes_is_its_formula() -> None:
+    points, centroids = _pair(3, 5, 6)
+    centroids = torch.nn.functional.normalize(centroids, dim=1)
+    kinds = torch.tensor([0, 1, 2, 3, 4])
+    total = 0.0
+    for row, kind in zip(points.tolist(), kinds.tolist()):
+        scores = [math.exp(_cosine(row, centroid) / 0.1) for centroid in centroids.tolist()]
+        total -= math.log(scores[kind] / sum(scores))
+    assert float(prototypes(points, centroids, kinds, 0.1)) == pytest.approx(total / 5, rel=1e-4)
+
+
+def test_masked_error_counts_seen_and_hidden_half_each() -> None:
+    wanted, made = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    hidden = torch.zeros(2, 1, 4, 4)
+    hidden[:, :, 0] = 1  # a quarter of the pixels
+    made[:, :, 0], made[:, :, 1:] = 2.0, 1.0
+    assert float(masked_error(made, wanted, hidden)) == pytest.approx((4 + 1) / 2)
+    assert float(masked_error(made, wanted, 0 * hidden)) == pytest.approx(float(made.square().mean()))
+
+
+@given(seeds)
+def test_spread_is_the_distance_from_the_mean_of_unit_vectors(seed: int) -> None:
+    first, _ = _pair(seed)
+    units = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in first.tolist()]
+    mean = [sum(column) / len(units) for column in zip(*units)]
+    expected = math.sqrt(sum(sum((x - m) ** 2 for x, m in zip(row, mean)) for row in units) / len(units))
+    assert spread(first) == pytest.approx(expected, rel=1e-4)
+    assert spread(7 * first) == pytest.approx(spread(first), rel=1e-4)
+    assert spread(first[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6)
 
 
 @given(seeds)

@@ -14,7 +14,8 @@ from conftest import Finished
 import attar
 
 NAMES = [
-    "augment", "cluster", "compress", "curate", "embed", "evaluate", "export", "init", "predict", "report", "run", "scan", "status", "train",
+    "augment", "cluster", "clusters", "compress", "curate", "duplicates", "embed", "evaluate", "export", "init", "leaks", "name", "objects", "predict", "report", "run", "scan",
+    "status", "train",
 ]  # fmt: skip
 
 

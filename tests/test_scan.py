@@ -377,7 +377,7 @@ class Killed(Job):
 stage.scan(Data(data={str(folder)!r}), Killed("scan", Path({str(tmp_path / "job")!r}), quiet=True))
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == ["shard-00000.parquet", "shard-00001.parquet"]
+    assert sorted(path.name for path in (tmp_path / "job").glob("shard-*")) == ["shard-00000.parquet", "shard-00001.parquet"]
     monkeypatch.setattr(stage, "SHARD", 16)
     resumed = scan(Data(data=str(folder)), Job("scan", tmp_path / "job", quiet=True))
     assert resumed.table.equals(items.table)

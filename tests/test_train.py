@@ -22,7 +22,9 @@ from attar.models.students import Encoder
 from attar.records import Head, Items, Policy, Preprocess
 from attar.stages import train
 from attar.stages.augment.policy import DEFAULTS
+from attar.stages.cluster.head import refit_head
 from attar.stages.cluster.space import head_probabilities
+from attar.stages.signals import plateaued
 from attar.workspace import Job
 
 PREPROCESS = Preprocess(size=(16, 16), resize_shortest=16, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -89,7 +91,7 @@ def _fit(
         with torch.no_grad():
             return {"validation_loss": float(error(held))}
 
-    curve = train.optimise(modules, 1e-2, steps, stream, loss_of, look, job, "a fit", until_plateau=False)
+    curve = train.optimise(modules, 1e-2, steps, stream, loss_of, look, job, "a fit")
     return modules.state_dict(), curve
 
 
@@ -123,7 +125,7 @@ def test_a_finished_loop_is_not_taken_again(job: Make) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(job: Make) -> None:
-    with pytest.raises(ModelError, match=r"a fit: the loss is inf at step 7; the model or its preprocessing \(--mean, --std\) is not sane"):
+    with pytest.raises(ModelError, match=r"a-fit: the loss is inf at step 7; the model or its preprocessing \(--mean, --std\) is not sane"):
         _fit(job(), 20, poison=7)
 
 
@@ -144,26 +146,13 @@ def test_training_ends_with_the_best_it_saw(job: Make) -> None:
         def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
             return ((step, np.arange(1), np.zeros(1)) for step in wanted)
 
-        curve = train.optimise(modules, 1e-2, 100, stream, loss_of, look, job(), "a fit", until_plateau=until_plateau)
+        curve = train.optimise(modules, 1e-2, 100, stream, loss_of, look, job(), "a fit", plateaued if until_plateau else train.never)
         return modules["net"].weight.detach(), curve
 
     weight, curve = fit(until_plateau=True)
     assert torch.equal(weight, seen[2])
     assert not torch.equal(weight, seen[-1])
     assert curve[-1]["step"] < 100, "no step is taken past the plateau"
-
-
-def test_the_plateau_is_patience_looks_without_a_margin() -> None:
-    def curve(*losses: float) -> list[dict[str, float]]:
-        return [{"validation_loss": loss} for loss in losses]
-
-    falling = [1 / (step + 1) for step in range(30)]
-    assert not train._plateau(curve(*falling))
-    assert not train._plateau(curve(*[1.0] * (2 * train.PATIENCE)))  # too early to tell
-    assert train._plateau(curve(*[1.0] * (2 * train.PATIENCE + 1)))
-    assert train._plateau(curve(*falling[:10], *[0.1] * train.PATIENCE))
-    assert not train._plateau(curve(*falling[:10], *[0.1] * (train.PATIENCE - 1), 0.09))
-    assert train._plateau(curve(*falling[:10], *[0.1 * (1 - train.MARGIN / 2)] * train.PATIENCE))
 
 
 def test_steps_follow_the_number_of_items() -> None:
@@ -185,7 +174,7 @@ def test_contrastive_training_raises_retrieval_and_is_the_same_twice(items: Item
     settings, ids = Embed(batch_size=16), items.ids("train")
     network = _encoder()
     before = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
-    curve = train.contrastive(network, items, ids, PREPROCESS, POLICY, None, 120, settings, job("train"))
+    curve = train.learn(network, items, ids, PREPROCESS, POLICY, None, 120, settings, job("train"))
     after = train.retrieval(network, items, PREPROCESS, POLICY, job("look"))
     assert after > before
     assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
@@ -193,7 +182,7 @@ def test_contrastive_training_raises_retrieval_and_is_the_same_twice(items: Item
     assert not network.training
     one, two = _encoder(), _encoder()
     for net, name in ((one, "one"), (two, "two")):
-        train.contrastive(net, items, ids, PREPROCESS, POLICY, None, 4, settings, _job(job, name))
+        train.learn(net, items, ids, PREPROCESS, POLICY, None, 4, settings, _job(job, name))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
 
 
@@ -205,7 +194,7 @@ def test_live_dials_are_resumed_with_the_weights(stop: int, items: Items, job: M
 
     def fit(name: str) -> tuple[dict[str, Tensor], tuple[dict[str, float], ...]]:
         network = _encoder()
-        curve = train.contrastive(network, items, ids, PREPROCESS, policy, clusters, 30, settings, _job(job, name))
+        curve = train.learn(network, items, ids, PREPROCESS, policy, clusters, 30, settings, _job(job, name))
         return network.state_dict(), curve
 
     whole, curve = fit("whole")
@@ -228,7 +217,7 @@ def test_live_dials_are_resumed_with_the_weights(stop: int, items: Items, job: M
     with pytest.raises(Stopped):
         fit("broken")
     monkeypatch.setattr(train, "_streamer", streamer)
-    assert _job(job, "broken").recall("contrastive-training.pt")["step"] == stop
+    assert _job(job, "broken").recall("nt-xent-training.pt")["step"] == stop
     resumed, again = fit("broken")
     assert again == curve
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -238,12 +227,12 @@ def test_pinned_dials_leave_the_policy_alone(items: Items, job: Make) -> None:
     pinned = tuple({"pinned": name, "value": 0.5} for name in ("strength", "frequency"))
     settings, ids = Embed(batch_size=16), items.ids("train")
     curves = [
-        train.contrastive(
+        train.learn(
             _encoder(), items, ids, PREPROCESS, Policy(families=DEFAULTS, evidence=evidence), None, 10, settings, _job(job, str(place))
         )
         for place, evidence in enumerate((pinned, ()))
     ]
-    assert set(curves[0][-1]) == {"step", "loss", "validation_loss", "effective_rank"}
+    assert set(curves[0][-1]) == {"step", "loss", "validation_loss", "effective_rank", "spread"}
     assert set(curves[1][-1]) > {"strength", "frequency", "gap", "retrieval", "strength[geometry]", "frequency[colour]"}
     assert curves[0][0]["validation_loss"] == curves[1][0]["validation_loss"], "held-out views are those of the policy as given"
 

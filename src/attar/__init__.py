@@ -19,12 +19,17 @@ __all__ = [
     "Augment",
     "augment",
     "cluster",
+    "clusters",
     "compress",
     "curate",
+    "duplicates",
     "embed",
     "evaluate",
     "export",
     "init",
+    "leaks",
+    "name",
+    "objects",
     "predict",
     "report",
     "run",
@@ -73,11 +78,79 @@ def compress(run: Any, inputs: Any = None, *, out: str | Path | None = None, qui
     return compress_module(run, inputs, out=out, quiet=quiet, **settings)
 
 
+def objects(run: str | Path, *, config: str | Path | None = None, quiet: bool = False, **settings: Any) -> Any:
+    """Finds objects in the images of a run folder: boxes, masks and kinds, also as COCO JSON in RUN/objects; what it needs is done first."""
+    from attar.pipeline import continue_config
+    from attar.stages.objects.objects import objects_config
+
+    return objects_config(continue_config(run, settings, config), quiet=quiet)
+
+
 def predict(model: str | Path, files: Sequence[str], *, threads: int = 1, workers: int = 2) -> list[dict[str, Any]]:
     """Cluster, and class where there are classes, of images or folders, by a RUN/model folder or an .onnx file of attar."""
     from attar.inference import predict as predict_files
 
     return predict_files(model, files, threads=threads, workers=workers)
+
+
+def clusters(run: str | Path, *, links: str | Path | None = None, table: str | Path | None = None) -> list[dict[str, Any]]:
+    """The clusters of a run folder: number, name, items, medoid and border items of each.
+
+    With `links`, a folder that does not exist yet, every item gets a symbolic link in its cluster's folder; with `table`, a line of a CSV file.
+    """
+    from attar.pipeline import list_clusters
+
+    return list_clusters(run, links=links, table=table)
+
+
+def duplicates(
+    data: str | Path,
+    *,
+    likeness: float = 0.85,
+    mirrored: bool = True,
+    parts: bool = False,
+    table: str | Path | None = None,
+    workers: int = 2,
+    max_megapixels: float = 100.0,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Groups of pictures that are the same, in data or a run folder: equal, encoded again, brighter, mirrored, and with `parts` cut out.
+
+    One row per picture of a group: group, path, keep, kind, of (the closest other), likeness, width, height, bytes; `table` is a CSV file to write.
+    """
+    from attar.stages.curate import duplicates as stage
+
+    search = stage.Search(likeness=likeness, mirrored=mirrored, parts=parts)
+    return stage.duplicates(data, search, table=table, workers=workers, max_megapixels=max_megapixels, quiet=quiet)
+
+
+def leaks(
+    data: str | Path,
+    against: str | Path,
+    *,
+    likeness: float = 0.85,
+    mirrored: bool = True,
+    parts: bool = False,
+    table: str | Path | None = None,
+    workers: int = 2,
+    max_megapixels: float = 100.0,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Pictures of some data (a test folder) that are in other data (the training folder) as well; either may be a run folder.
+
+    One row per picture: path, kind, of (the closest picture there), likeness; `table` is a CSV file to write.
+    """
+    from attar.stages.curate import duplicates as stage
+
+    search = stage.Search(likeness=likeness, mirrored=mirrored, parts=parts)
+    return stage.leaks(data, against, search, table=table, workers=workers, max_megapixels=max_megapixels, quiet=quiet)
+
+
+def name(run: str | Path, cluster: int, name: str, *, quiet: bool = False) -> dict[int, str]:
+    """Names a cluster; the name is kept in the run folder and follows its items when clusters are made again. "" takes it away."""
+    from attar.pipeline import name_cluster
+
+    return name_cluster(run, cluster, name, quiet=quiet)
 
 
 def status(run: str | Path) -> dict[str, Any]:

@@ -50,12 +50,29 @@ its certificate. Exit code 3: the budget was not met, the best found is saved.""
   attar run photos/ --policy attar-runs/photos/search/policy.json
 
 The run folder follows the word search: `attar augment search` alone is the stage augment of a run folder of that name.""",
+    "clusters": """examples:
+  attar clusters attar-runs/photos                           number, name, items, medoid and border items of each cluster
+  attar clusters attar-runs/photos --links sorted/           a folder of symbolic links per cluster, the most typical first
+  attar clusters attar-runs/photos --table clusters.csv      every item: path, cluster, name, distance, outlier, next cluster, margin""",
+    "duplicates": """examples:
+  attar duplicates photos/                                   equal, encoded again, scaled, brighter or mirrored pictures
+  attar duplicates photos/ --parts --table twice.csv         parts of pictures as well""",
+    "leaks": """examples:
+  attar leaks test/ train/                                   which pictures of test/ are in train/ as well
+  attar leaks attar-runs/new attar-runs/old --table leaks.csv""",
+    "name": 'example:\n  attar name attar-runs/photos 7 "sneakers"        "" takes the name away',
+    "objects": """examples:
+  attar objects attar-runs/photos                            the model of the run, or --model hf:FOLDER-OR-HUB-ID
+  attar objects attar-runs/photos --data photos/             a run folder that does not exist yet
+  attar objects attar-runs/cells --objects-side 640          finer: smaller objects, more time""",
     "init": "example:\n  attar init && attar run photos/        settings in ./attar.toml are picked up",
     "status": "example:\n  attar status attar-runs/photos",
     "predict": "example:\n  attar predict attar-runs/photos/model new/*.jpg --json",
 }
 LAST_SECTION = {"scan": "data", "augment": "generate", "export": "evaluate", "report": "evaluate"}
 """The last section of the settings a stage depends on, where it has another name than the stage."""
+FOUND_BY = ("objects",)
+"""The sections of the settings that objects depend on, besides those of embed."""
 SEARCHED = ("setup", "data", "search")
 """The sections of the settings a search depends on."""
 SHORTER = {"search_minutes": ("--minutes",)}
@@ -116,7 +133,33 @@ def make_parser() -> argparse.ArgumentParser:
         made.add_argument("run", nargs="?" if alone else None, metavar="RUN", help="run folder; a new one needs --data")
         _add_settings(made, skip="" if alone else "out", sections=_up_to(LAST_SECTION.get(stage, stage)))
         made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    found = add("objects", "find objects in the images: boxes, masks and kinds, as COCO JSON", EXAMPLES["objects"])
+    found.add_argument("run", metavar="RUN", help="run folder; a new one needs --data")
+    _add_settings(found, skip="out", sections=[*_up_to("embed"), *FOUND_BY])
+    found.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
+    listed = add("clusters", "what is in each cluster: a list, folders of links, a table", EXAMPLES["clusters"])
+    listed.add_argument("run", metavar="RUN", help="run folder")
+    listed.add_argument("--links", metavar="FOLDER", help="folder to make, with links to the items, by cluster; an existing one is never touched")
+    listed.add_argument("--table", metavar="FILE", help="CSV file to write; an existing one is never touched")
+    twice = add("duplicates", "the same picture twice in some data: groups, and which one to keep", EXAMPLES["duplicates"])
+    twice.add_argument("data", metavar="DATA", help="a folder, glob, list file, archive, Parquet file, or a run folder")
+    leaked = add("leaks", "pictures of some data that are in other data as well", EXAMPLES["leaks"])
+    leaked.add_argument("data", metavar="DATA", help="the data to judge, such as a test folder; or a run folder")
+    leaked.add_argument("against", metavar="AGAINST", help="the data they may have leaked from, such as the training folder; or a run folder")
+    for made in (twice, leaked):
+        made.add_argument("--likeness", type=float, default=0.85, help="smallest likeness in detail, 0.5 to 1 (default: 0.85)")
+        made.add_argument("--no-mirrored", dest="mirrored", action="store_false", help="mirror images are not the same picture")
+        made.add_argument("--parts", action="store_true", help="a part of a picture, of 0.7 to 0.95 of its sides, is the same picture; slower")
+        made.add_argument("--table", metavar="FILE", help="CSV file to write; an existing one is never touched")
+        made.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
+        made.add_argument("--max-megapixels", type=float, default=100.0, help="larger pictures are left out (default: 100)")
+        made.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    named = add("name", "name a cluster; the name is kept, and shown in the report, by predict and in tables", EXAMPLES["name"])
+    named.add_argument("run", metavar="RUN", help="run folder")
+    named.add_argument("cluster", type=int, metavar="CLUSTER", help="its number")
+    named.add_argument("name", metavar="NAME", help='its name; "" takes it away')
+    named.add_argument("--quiet", action="store_true", help="no progress on stderr")
     predict = add("predict", "cluster and class of images, by the small model", EXAMPLES["predict"])
     predict.add_argument("model", metavar="MODEL", help="RUN/model, or an .onnx file attar made")
     predict.add_argument("files", nargs="+", metavar="FILE", help="images or folders")
@@ -237,6 +280,16 @@ def _search(given: argparse.Namespace) -> None:
     _print(body, given.json, f"{listing(found.rows)}\n{found.verdict}\nPolicy: {policy}")
 
 
+def _objects(given: argparse.Namespace) -> None:
+    flags, file = _settings(given)
+    found = attar.objects(given.run, config=file, quiet=given.quiet, **flags)
+    home = Path(given.run) / "objects"
+    body = {"coco": str(home / "objects.json"), "sheet": str(home / "sheet.png"), "objects": found.count, "method": found.method}
+    sizes = ", ".join(f"kind {kind['kind'] + 1}: {kind['objects']}" for kind in found.kinds)
+    text = f"{found.count} objects by {found.method}\n{sizes}\nCOCO: {body['coco']}\nPicture: {body['sheet']}"
+    _print(body | {"kinds": found.kinds}, given.json, text)
+
+
 def _status(given: argparse.Namespace) -> None:
     body = attar.status(given.run)
     lines = [
@@ -254,6 +307,26 @@ def _predict(given: argparse.Namespace) -> None:
     _print(rows, given.json, "\n".join(lines))
 
 
+def _clusters(given: argparse.Namespace) -> None:
+    rows = attar.clusters(given.run, links=given.links, table=given.table)
+    body = {"run": given.run, "clusters": rows, "links": given.links, "table": given.table}
+    lines = [f"{row['cluster']:>4}  {row['name']:24} {row['items']:>9,} items  medoid {row['medoid']}" for row in rows]
+    _print(body, given.json, "\n".join([*lines, *(f"wrote {path}" for path in (given.links, given.table) if path)]))
+
+
+def _same(given: argparse.Namespace) -> None:
+    """Duplicates and leaks."""
+    names = ("data", "against", "likeness", "mirrored", "parts", "table", "workers", "max_megapixels", "quiet")
+    rows = getattr(attar, given.verb)(**{name: value for name, value in vars(given).items() if name in names})
+    lines = ["\t".join(str(value) for value in row.values()) for row in rows]
+    _print(rows, given.json, "\n".join(["\t".join(rows[0]), *lines] if rows else []))
+
+
+def _name(given: argparse.Namespace) -> None:
+    names = attar.name(given.run, given.cluster, given.name, quiet=given.quiet)
+    _print(names, given.json, "\n".join(f"{number:>4}  {name}" for number, name in names.items()))
+
+
 def _init(given: argparse.Namespace) -> None:
     path = attar.init(given.path)
     _print({"path": str(path)}, given.json, f"wrote {path}")
@@ -262,7 +335,8 @@ def _init(given: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 1 failed, 2 bad usage, 3 budget not reached, 130 interrupted."""
     given = _parse(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"run": _run, "compress": _compress, "augment search": _search, "status": _status, "predict": _predict, "init": _init}
+    verbs = {"run": _run, "compress": _compress, "augment search": _search, "objects": _objects, "status": _status}
+    verbs |= {"duplicates": _same, "leaks": _same, "clusters": _clusters, "name": _name, "predict": _predict, "init": _init}
     try:
         verbs.get(given.verb, _stage)(given)
         sys.stdout.flush()

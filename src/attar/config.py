@@ -30,6 +30,14 @@ from attar.errors import UsageError
 from attar.stages.compress.budget import parse_budget
 
 
+OBJECTIVES = ("nt-xent", "vicreg", "autoencoder", "cluster")
+"""What an encoder can learn from; see models.learners."""
+
+
+METHODS = ("auto", "learned", "kmeans", "spherical", "ward", "agglomerative", "dbscan", "hdbscan")
+"""How clusters can be found; see stages.cluster.methods."""
+
+
 def _between(value: float | None, low: float, high: float) -> bool:
     return value is None or low <= value <= high
 
@@ -57,7 +65,9 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
     model: str = "self"
-    """The model: "self" (learn one from the data), "hf:FOLDER-OR-HUB-ID" (transformers), "timm:NAME", "FILE.py:BUILDER" (your own), or "FILE.onnx" (frozen: it is followed by a student, never cut)."""
+    """The model: "self" (learn one from the data), "descriptors" (texture and colour, nothing is learned), "auto" (one of these by the data, and says why), "hf:FOLDER-OR-HUB-ID" (transformers), "timm:NAME", "FILE.py:BUILDER" (your own), or "FILE.onnx" (frozen: it is followed by a student, never cut)."""
+    pretrained: str = ""
+    """A pretrained model that --model auto may take, in any of these forms but "auto"; by default it looks for a known one among those transformers has downloaded before."""
     weights: str | None = None
     """Weights for FILE.py:BUILDER: .safetensors, or a PyTorch checkpoint that loads with weights_only."""
     output: str = "auto"
@@ -128,16 +138,40 @@ class Generate:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
+    objective: str = "nt-xent"
+    """What the encoder learns from: "nt-xent" (two views of an item alike, different items apart), "vicreg" (alike without negatives), "autoencoder" (an item from what is left of it), "cluster" (pseudo-labels of its own clusters, again and again). Several, comma-separated, one after the other."""
     self_steps: int | None = None
-    """Training steps of the `self` encoder; by default set from the number of items. Training stops earlier on a plateau."""
+    """Training steps of the `self` encoder, per objective; by default set from the number of items. Training stops earlier on a plateau."""
     self_width: int = 16
     """Channels of the `self` encoder's first stage; doubles at each of its stages."""
     batch_size: int = 256
-    """Items in a contrastive batch (each seen in two views)."""
+    """Items in a batch (each seen in two views)."""
     temperature: float = 0.2
     """Temperature of the NT-Xent loss."""
+    self_kinds: int = 0
+    """Pseudo-classes of the objective "cluster"; 0 takes the square root of the number of items."""
+    relearn_share: float = 0.5
+    """When items were added to a run folder, the encoder learned there before is kept while at most this share of the training items is new; 0 learns it anew whenever there are new ones."""
+    adapt_steps: int = 0
+    """Steps by which a given encoder learns on from the training items by the objective, at a small rate; kept only where it then tells held-out items apart better. 0 leaves it as it is."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names in `objective`, in order."""
+        return tuple(name.strip() for name in self.objective.split(","))
 
     def faults(self) -> Iterable[str]:
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                yield f"objective: {name!r}; expected one or several of {', '.join(OBJECTIVES)}"
+        if len(set(self.objectives)) < len(self.objectives):
+            yield f"objective: {self.objective}; every objective can be named once"
+        if not (self.self_kinds == 0 or self.self_kinds >= 2):
+            yield f"self_kinds: {self.self_kinds}; expected 0 (by the objective) or at least 2"
+        if not (0 <= self.relearn_share <= 1):
+            yield f"relearn_share: {self.relearn_share}; expected 0 to 1"
+        if not _between(self.adapt_steps, 0, 10**9):
+            yield f"adapt_steps: {self.adapt_steps}; expected 0 or more"
         if not _between(self.self_steps, 1, 10**9):
             yield f"self_steps: {self.self_steps}; expected at least 1"
         if not (8 <= self.self_width <= 256):
@@ -150,6 +184,8 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
+    cluster_method: str = "auto"
+    """How clusters are found: "auto" (the learned head where near items agree on it more than on k-means), "learned" (a head trained on what many fits agree on), "kmeans", "spherical", "ward", "agglomerative", or "dbscan" and "hdbscan" (any shape; a part may be noise)."""
     clusters: int = 0
     """Number of clusters; 0 chooses it without labels."""
     max_clusters: int = 30
@@ -160,6 +196,8 @@ class Cluster:
     """Smallest density cluster (HDBSCAN) reported inside a k-means cluster."""
 
     def faults(self) -> Iterable[str]:
+        if self.cluster_method not in METHODS:
+            yield f"cluster_method: {self.cluster_method!r}; expected one of {', '.join(METHODS)}"
         if self.clusters < 0 or self.clusters == 1:
             yield f"clusters: {self.clusters}; expected 0 (choose) or at least 2"
         if self.max_clusters < 2:
@@ -170,18 +208,24 @@ class Cluster:
             yield f"min_subcluster: {self.min_subcluster}; expected at least 2"
 
 
+FLAGS = ("blank", "blurred", "dark", "glaring", "odd size", "odd shape")
+"""What may be wrong with an item, in the order it is told; see stages/curate/quality.py."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curate:
     keep_share: float = 1.0
     """Share of the training items, after duplicates and outliers, that the balanced core set keeps."""
     keep_items: int | None = None
     """Number of training items that the core set keeps, instead of a share; at least one of every cluster is kept."""
-    core_method: str = "k-centre"
+    core_method: str = "hierarchical"
     """How the core set is drawn from each cluster: "k-centre" (greedy cover), "density" (dense places thinned), "hierarchical" (k-means of k-means, evenly) or "random" (in proportion to size, for comparison)."""
     near_duplicate: float = 0.97
     """Two items are near duplicates when both the cosine similarity of their vectors and the correlation of their 16 × 16 thumbnails reach this."""
     outlier_cut: float = 0.98
     """Items with an outlier score above this are dropped."""
+    drop_flagged: str = ""
+    """Flagged training items to drop as well, comma-separated: "blank", "blurred", "dark", "glaring", "odd size", "odd shape"; by default they are only flagged, in selection.parquet and the report."""
 
     def faults(self) -> Iterable[str]:
         if not (0 < self.keep_share <= 1):
@@ -196,6 +240,13 @@ class Curate:
             yield f"near_duplicate: {self.near_duplicate}; expected 0.5 to 1"
         if not (0 <= self.outlier_cut <= 1):
             yield f"outlier_cut: {self.outlier_cut}; expected 0 to 1"
+        if unknown := set(self.dropped_flags) - set(FLAGS):
+            yield f"drop_flagged: {', '.join(sorted(unknown))}; expected some of {', '.join(FLAGS)}"
+
+    @property
+    def dropped_flags(self) -> tuple[str, ...]:
+        """The flags of `drop_flagged`."""
+        return tuple(name for part in self.drop_flagged.split(",") if (name := part.strip()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,25 +327,29 @@ class Objects:
     objects_side: int = 448
     """Side in pixels at which images are looked at for objects (the aspect ratio is kept); the model's own where it takes no other."""
     objects_layer: str = ""
-    """Layer whose output over the image objects are told apart by; by default the last one."""
-    objects_method: str = "auto"
-    """How objects are told from the rest: "cut" (a normalised cut of each image), "words" (visual words of all images, those that keep away from the border), "lost" (one object around the rarest place), or "auto" (cut for transformers, words for the rest)."""
+    """Layer whose output over the image objects are told apart by; by default the last one with at least 24 places across."""
+    objects_method: str = "cut"
+    """How objects are told from the rest: "cut" (a normalised cut of each image), "words" (k-means of the places of all images: faster, coarser) or "lost" (one object, around the rarest place)."""
     objects_most: int = 40
     """Most objects of an image; the best are kept."""
     objects_least: float = 0.002
     """Share of the image below which a part is no object."""
+    objects_neck: float = 0.7
+    """Parts of a mask are objects of their own where the neck between them is narrower than this share of the narrower one's width; 0 never cuts what hangs together."""
     object_kinds: int = 0
     """Kinds the objects are sorted into; 0 chooses them without labels."""
 
     def faults(self) -> Iterable[str]:
         if not (32 <= self.objects_side <= 4096):
             yield f"objects_side: {self.objects_side}; expected 32 to 4096 pixels"
-        if self.objects_method not in ("auto", "cut", "words", "lost"):
-            yield f"objects_method: {self.objects_method!r}; expected auto, cut, words or lost"
+        if self.objects_method not in ("cut", "words", "lost"):
+            yield f"objects_method: {self.objects_method!r}; expected cut, words or lost"
         if self.objects_most < 1:
             yield f"objects_most: {self.objects_most}; expected at least 1"
         if not (0 <= self.objects_least < 1):
             yield f"objects_least: {self.objects_least}; expected 0 to below 1"
+        if not (0 <= self.objects_neck < 1):
+            yield f"objects_neck: {self.objects_neck}; expected 0 (never cut) to below 1"
         if not (0 <= self.object_kinds <= 1000):
             yield f"object_kinds: {self.object_kinds}; expected 0 (choose) to 1000"
 
@@ -306,13 +361,23 @@ class Setup:
     seed: int = 0
     """Seed of every random choice."""
     workers: int = 2
-    """Threads that read and decode items."""
+    """Threads that read and decode items; of a Ray that is started on this machine, the processes."""
+    engine: str = "local"
+    """Where scan, embed, the search for near duplicates and k-means work: "local" (this process), or "ray" (needs the extra attar[ray])."""
+    ray_address: str | None = None
+    """The cluster for the engine ray: "ray://HOST:10001", "HOST:6379" or "auto" (the one this machine belongs to); by default one is started on this machine. Its nodes read the data under the paths it has here."""
+    tensorboard: str = ""
+    """Folder for TensorBoard event files of every training curve (needs the extra attar[tensorboard]); by default none are written."""
 
     def faults(self) -> Iterable[str]:
         if not (0 <= self.seed < 2**32):
             yield f"seed: {self.seed}; expected 0 to {2**32 - 1}"
         if not (1 <= self.workers <= 256):
             yield f"workers: {self.workers}; expected 1 to 256"
+        if self.engine not in ("local", "ray"):
+            yield f"engine: {self.engine!r}; expected local or ray"
+        if self.ray_address is not None and self.engine != "ray":
+            yield f"ray_address: {self.ray_address!r} with the engine {self.engine!r}; it is for --engine ray"
 
 
 @dataclass(frozen=True, kw_only=True)

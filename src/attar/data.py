@@ -277,6 +277,12 @@ def fingerprint(data: str, suffixes: frozenset[str]) -> str:
     return digest.hexdigest()
 
 
+def stamps(data: str, suffixes: frozenset[str]) -> dict[str, tuple[int, int]]:
+    """Size and modification time (nanoseconds) of every file of the data that is an item; members of archives have none of their own."""
+    found = _files(_locate(data), suffixes, Counter())
+    return {one.path: (one.bytes, one.mtime) for one in found if not one.reason and _suffix(one.path) not in CONTAINERS}
+
+
 def _members(base: str, path: str, suffixes: frozenset[str], others: Counter[str]) -> Iterator[_Found]:
     """The items inside a container."""
     try:

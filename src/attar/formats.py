@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attar import records as r
+from attar.errors import WorkspaceError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,6 +29,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(dict(row), default=_plain) + "\n" for row in rows), "utf-8")
 
 
 def _plain(value: Any) -> Any:
@@ -111,11 +117,27 @@ def _save_vectors(folder: Path, vectors: r.Vectors) -> None:
         write_table(folder / "vectors" / f"{number:05d}.parquet", shard_table(ids, values))
     write_json(folder / "vectors" / "vectors.json", {"count": vectors.count, "dim": vectors.dim, "signals": vectors.signals})
     save_model(folder / "vectors", vectors.model, "encoder")
+    if vectors.signals:
+        write_lines(folder / "vectors" / "metrics.jsonl", vectors.signals)
+
+
+def _read_whole(path: Path, dim: int) -> r.Shard:
+    """A shard of a finished run; raises WorkspaceError for one that is damaged or of another length of vectors."""
+    try:
+        shard = read_shard(path)
+    except (pa.ArrowException, OSError) as error:
+        what = f"cannot be read ({str(error).partition('.')[0][:100]})"
+    else:
+        if shard.values.shape[1] == dim:
+            return shard
+        what = f"holds vectors of {shard.values.shape[1]} numbers, the run's have {dim}"
+    root = path.parents[1]
+    raise WorkspaceError(f"{path}: {what}; delete it, then run: attar embed {root}, which makes the vectors again") from None
 
 
 def _load_vectors(folder: Path) -> r.Vectors:
     body = read_json(folder / "vectors" / "vectors.json")
-    shards = [functools.partial(read_shard, path) for path in sorted((folder / "vectors").glob("*.parquet"))]
+    shards = [functools.partial(_read_whole, path, body["dim"]) for path in sorted((folder / "vectors").glob("*.parquet"))]
     signals = tuple(body.pop("signals"))
     return r.Vectors(shards=shards, model=load_model(folder / "vectors", "encoder"), signals=signals, **body)
 

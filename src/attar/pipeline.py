@@ -9,6 +9,7 @@ already; everything else is in the stages.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from attar import runtime
 from attar.config import Augment, Compress, Config, Generate, build_config, flatten, read_toml
 from attar.data import absolute
 from attar.errors import BudgetNotReached, UsageError, WorkspaceError
-from attar.formats import read_json
+from attar.formats import NAMES, read_json
 from attar.models import sources
 from attar.stages.augment.catalogue import POLICIES
 from attar.stages.augment.generate import generated
 from attar.stages.augment.policy import augment, policy_fingerprint
+from attar.stages.cluster import listing
 from attar.stages.cluster.cluster import cluster
+from attar.stages.cluster.naming import carry_names, set_name
 from attar.stages.compress.feed import ItemFeed
 from attar.stages.compress.search import compress
 from attar.stages.curate.curate import curate
@@ -33,6 +36,7 @@ from attar.stages.evaluate import evaluate
 from attar.stages.export import export
 from attar.stages.report.page import report
 from attar.stages.scan import fingerprint, scan
+from attar.stages.signals import require_board
 from attar.stages.train import train
 from attar.workspace import Job, Stage, Workspace
 
@@ -51,6 +55,11 @@ def _compress(
 ) -> r.Front:
     """Compression sees the run folder's items through a feed, and nothing else of them."""
     return compress(ItemFeed(items, clusters, selection, policy, model.preprocess, job), model, settings, job)
+
+
+def _export(items: r.Items, clusters: r.Clusters, model: r.Model, front: r.Front, evidence: r.Evidence, job: Job) -> r.Export:
+    """The file goes out with the names people gave to the clusters."""
+    return export(items, model, front, evidence, job, clusters.names)
 
 
 def _report(*given: Any) -> r.Page:
@@ -94,12 +103,13 @@ SPINE: dict[str, Stage] = {
         settings=("evaluate",),
         fingerprint=judging.fingerprint,
     ),
-    "export": Stage(make=export, record=r.Export, needs=("scan", "train", "compress", "evaluate")),
+    "export": Stage(make=_export, record=r.Export, needs=("scan", "cluster", "train", "compress", "evaluate"), reads=(NAMES,)),
     "report": Stage(
         make=_report,
         record=r.Page,
         needs=("scan", "embed", "cluster", "curate", "augment", "train", "compress", "evaluate", "export"),
         settings=tuple(item.name for item in dataclasses.fields(Config) if item.name != "setup"),
+        reads=(NAMES,),
     ),
 }
 
@@ -136,15 +146,49 @@ def run_config(config: Config, *, until: str = "report", quiet: bool = False) ->
     stages = list(SPINE)[: list(SPINE).index(until) + 1]
     if "compress" in stages:
         runtime.require(config.compress.runtime)  # before the long part, so that a missing extra is told at once
+    if config.setup.tensorboard:
+        require_board()
     with Workspace(config.out, SPINE) as space:
         space.claim(config.data.data, flatten(config))
         for name in stages:
-            space.run(name, config, quiet=quiet)
+            made = space.run(name, config, quiet=quiet)
+            if name == "cluster":
+                _carry(space, made, quiet)
         front: r.Front | None = space.load("compress") if "compress" in stages else None
     run = Run(config.out, tuple(space.ran))
     if front is not None and not front.met:
         raise BudgetNotReached(f"budget {front.budget!r} not reached: {front.reason}. The best result is in {config.out}", run)
     return run
+
+
+def _carry(space: Workspace, clusters: r.Clusters, quiet: bool) -> None:
+    """Names of clusters that are made again go with their items; what becomes of them is told."""
+    for text in carry_names(space.root, space.load("scan"), clusters):
+        if not quiet:
+            print(f"cluster: {text}", file=sys.stderr)
+
+
+def name_cluster(run: str | Path, number: int, name: str, *, quiet: bool = False) -> dict[int, str]:
+    """Names a cluster of a run folder; a finished export and report are brought up to date. Returns all names by number."""
+    known = status(run)  # a folder that is none of attar's is refused here, and not marked as one
+    with Workspace(Path(run), SPINE) as space:
+        names = set_name(space.root, space.load("scan"), space.load("cluster"), number, name)
+        config = _anchored(continue_config(run, {}))
+        for row in known["stages"]:
+            if SPINE[row["stage"]].reads and row["state"] == "done":
+                space.run(row["stage"], config, quiet=quiet)
+    return names
+
+
+def list_clusters(run: str | Path, *, links: str | Path | None = None, table: str | Path | None = None) -> list[dict[str, Any]]:
+    """The clusters of a run folder, one row each; on request every item as a link in its cluster's folder, or as a line of a CSV file."""
+    items, clusters, vectors = (Run(run)[stage] for stage in ("scan", "cluster", "embed"))
+    other, margin = listing.margins(clusters, vectors)
+    if table is not None:
+        listing.write_table(Path(table), items, clusters, other, margin)
+    if links is not None:
+        listing.write_links(Path(links), items, clusters)
+    return listing.summary(items, clusters, margin)
 
 
 def _anchored(config: Config) -> Config:
@@ -153,7 +197,12 @@ def _anchored(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, data=absolute(config.data.data)),
-        model=dataclasses.replace(config.model, model=_anchored_source(config.model.model), weights=weights and absolute(weights)),
+        model=dataclasses.replace(
+            config.model,
+            model=_anchored_source(config.model.model),
+            weights=weights and absolute(weights),
+            pretrained=config.model.pretrained and _anchored_source(config.model.pretrained),
+        ),
         augment=dataclasses.replace(config.augment, policy=named if named in POLICIES else named and absolute(named)),
         compress=dataclasses.replace(config.compress, student=student and _anchored_source(student)),
         evaluate=dataclasses.replace(config.evaluate, labels=labels if labels == "folders" else labels and absolute(labels)),

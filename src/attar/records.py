@@ -26,6 +26,7 @@ ITEM_SCHEMA = pa.schema(
         ("split", pa.string()),  # one of SPLITS
         ("note", pa.string()),  # what had to be changed to read it ("rotated by EXIF"); empty when nothing
         ("thumb", pa.binary(256)),  # 16 × 16 grey bytes: the fingerprint near-duplicate checks confirm with
+        ("blur", pa.float32()),  # 0 (sharp) … 1 (blurred), see curate/quality.py; NaN or null where there is no edge to judge by
     ]
 )
 QUARANTINE_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string()), ("remedy", pa.string())])
@@ -33,7 +34,7 @@ CLUSTER_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
         ("cluster", pa.int32()),  # coarse cluster, 0 … k−1, by descending size
-        ("subcluster", pa.int32()),  # group inside it, numbered across the whole table; −1 for none, and for what density methods call noise
+        ("subcluster", pa.int32()),  # group inside it, numbered across the whole table; −1 for none and for noise
         ("distance", pa.float32()),  # to the cluster's centroid, in the clustering space
         ("density", pa.float32()),  # 1 / mean distance to the nearest neighbours in the cluster
         ("outlier", pa.float32()),  # 0 (typical) … 1 (far from everything): see cluster.outlier_scores
@@ -43,18 +44,19 @@ SELECTION_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
         ("keep", pa.bool_()),
-        ("reason", pa.string()),  # why it was dropped ("exact duplicate", "near duplicate", "outlier", "redundant"); empty for kept
+        ("reason", pa.string()),  # why it was dropped ("exact duplicate", "near duplicate", "outlier", "redundant", a flag); empty for kept
         ("witness", pa.int64()),  # the kept item that stands for it; −1 where there is none
         ("similarity", pa.float32()),  # cosine similarity to the witness
         ("weight", pa.float32()),  # kept items: how many items they stand for, itself included; dropped: 0
         ("leak", pa.bool_()),  # a validation or test item with a near duplicate in the training split
+        ("flag", pa.string()),  # what is wrong with it, kept or not ("blank", "dark, odd size", …: curate/quality.py); empty for nothing
     ]
 )
 OBJECT_SCHEMA = pa.schema(
     [
         ("item", pa.int64()),
         ("kind", pa.int32()),  # 0 … kinds−1
-        ("score", pa.float32()),  # 0 … 1: how unlike its surroundings, and how surely told from them
+        ("score", pa.float32()),  # 0 … 1: how rare in features and colour, how surely told from the rest, how little cut off by the frame
         ("x", pa.int32()),  # box, pixels of the upright original
         ("y", pa.int32()),
         ("width", pa.int32()),

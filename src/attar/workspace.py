@@ -3,6 +3,7 @@
     RUN/run.json            what this folder is a run of; its presence makes the folder attar's
     RUN/settings.json       the settings of the last command, for the verbs that continue a run
     RUN/stages/NAME.json    manifest of a finished stage: key (hash of its inputs and settings), outputs, seconds, notes
+    RUN/.cache/NAME/        what a stage needs to know of its result to use parts of it again when items are added
     RUN/.partial/NAME-KEY/  half-done work of a stage: shards, checkpoints, candidates; removed when the stage is finished
 
 A stage is skipped when its key is the one in its manifest and its files are there. A key covers the contents of the
@@ -16,15 +17,17 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from tqdm import tqdm
 
 from attar import __version__, formats
 from attar.errors import UsageError, WorkspaceError
+from attar.scale import engine_of
+from attar.scale.local import Engine, Local, Work
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
@@ -73,14 +78,50 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _same(table: pa.Table) -> pa.Table:
+    return table
+
+
+def _read(path: Path) -> Any:
+    """What a file of half-done work holds, by its suffix."""
+    if path.suffix == ".json":
+        return formats.read_json(path)
+    if path.suffix == ".parquet":
+        return pq.read_table(path)
+    import torch
+
+    return torch.load(path, weights_only=True)
+
+
 class Job:
     """What a stage gets besides records and settings: randomness, progress, and a place to keep half-done work."""
 
-    def __init__(self, name: str, folder: Path, *, seed: int = 0, workers: int = 2, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        seed: int = 0,
+        workers: int = 2,
+        quiet: bool = False,
+        tensorboard: str = "",
+        engine: Engine | None = None,
+    ) -> None:
         self.name, self.folder, self.seed, self.workers, self.quiet = name, folder, seed, workers, quiet
+        self.engine = engine or Local(workers)
+        """What makes shards, here or on other machines."""
+        self.tensorboard = tensorboard
+        """Where training curves are shown as they are drawn; empty for nowhere."""
         self.history: list[dict[str, Any]] = []
         """Stage, seconds and notes of the stages this one needs."""
-        self.notes: list[str] = (self.recall("notes.json") or []) if folder.exists() else []
+        self.cache: Path | None = None
+        """Beginning of the names of what is kept beside this stage's result; None outside a run folder."""
+        self.cache_before: Path | None = None
+        """The same of the result that is in the run folder."""
+        self.before: Callable[[], Any] = lambda: None
+        """The record of this stage that is in the run folder, of other inputs or settings; None where there is none."""
+        self.notes: list[str] = []
+        self.notes = (self.recall("notes.json") if folder.exists() else None) or self.notes
 
     def rng(self, *purpose: Any) -> np.random.Generator:
         """A generator that depends on the seed, the stage and the purpose only, so that a resumed stage draws the same numbers."""
@@ -128,17 +169,36 @@ class Job:
             os.replace(temporary, self.folder / name)
 
     def recall(self, name: str) -> Any:
-        """What was kept under a name by this stage, with these inputs and settings, before it was interrupted; else None."""
+        """What was kept under a name by this stage, with these inputs and settings, before it was interrupted; else None.
+
+        A damaged file counts as none, and that is said.
+        """
         path = self.folder / name
         if not path.exists():
             return None
-        if name.endswith(".json"):
-            return formats.read_json(path)
-        if name.endswith(".parquet"):
-            return pq.read_table(path)
-        import torch
+        try:
+            return _read(path)
+        except (ValueError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # pa.ArrowInvalid is a ValueError
+            if isinstance(error, OSError) and error.errno:
+                raise  # the operating system's refusal, not the file's contents
+            path.unlink()
+            why = str(error).partition("\n")[0][:100] or type(error).__name__
+            self.say(f"{name}, kept from before, was damaged ({why}): it is made again")
+            return None
 
-        return torch.load(path, weights_only=True)
+    def keep(self, name: str, table: pa.Table) -> None:
+        """Keeps a table beside the stage's result, for the next time it is made; see `kept`."""
+        if self.cache is not None:
+            with _disk(self.cache.parent.parent):
+                self.cache.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.cache.parent / f".{name}.tmp"
+                formats.write_table(temporary, table)
+                os.replace(temporary, self.cache.with_name(f"{self.cache.name}-{name}"))
+
+    def kept(self, name: str) -> pa.Table | None:
+        """What the stage kept when it was last finished, with other inputs or settings; None where there is nothing."""
+        path = self.cache_before and self.cache_before.with_name(f"{self.cache_before.name}-{name}")
+        return pq.read_table(path) if path and path.exists() else None
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """The kept value of that name, made and kept when there is none."""
@@ -151,6 +211,19 @@ class Job:
     def shard(self, number: int, make: Callable[[], pa.Table]) -> pa.Table:
         """One shard of a long table, made once."""
         return self.once(f"shard-{number:05d}.parquet", make)
+
+    def shards(self, work: Work, parts: Sequence[Sized], label: str, unit: str = "items") -> list[Path]:
+        """A table of each part, made by the engine where it is not kept from before: the files, in the order of the parts.
+
+        The parts' lengths are what the progress bar counts.
+        """
+        names = [f"shard-{number:05d}.parquet" for number in range(len(parts))]
+        kept = {number for number, name in enumerate(names) if self.recall(name) is not None}
+        missing = {number: part for number, part in enumerate(parts) if number not in kept}
+        with self.progress(sum(map(len, parts)), label, unit, done=sum(len(parts[number]) for number in kept)) as bar:
+            for number, table in self.engine.map(work, missing, bar.update):
+                self.shard(number, functools.partial(_same, table))
+        return [self.folder / name for name in names]
 
     def build(self, name: str, write: Callable[[Path], None]) -> Path:
         """A folder that `write` fills, made once: it is either whole or absent."""
@@ -176,6 +249,8 @@ class Stage:
     settings: tuple[str, ...] = ()
     fingerprint: Callable[..., Any] | None = None
     """Called with the sections; a value that changes when something outside the run folder (data, weights) changes."""
+    reads: tuple[str, ...] = ()
+    """Files of the run folder that people change and the result shows."""
 
 
 class Workspace:
@@ -184,6 +259,7 @@ class Workspace:
     def __init__(self, root: Path, stages: Mapping[str, Stage]) -> None:
         self.root, self.stages = root, stages
         self._lock: Any = None
+        self._engine: Engine | None = None
         self.ran: list[str] = []
         """Stages that did work since the folder was opened."""
 
@@ -208,6 +284,8 @@ class Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
         self._lock.close()  # closing releases the lock, as does a kill
 
     def claim(self, data: str, settings: Mapping[str, Any]) -> None:
@@ -236,10 +314,11 @@ class Workspace:
     def manifest(self, name: str) -> dict[str, Any] | None:
         """The manifest of a finished stage whose files are all there, else None."""
         body = self._manifest(name)
-        whole = body and all(
-            (self.root / file).is_file() and (self.root / file).stat().st_size == size for file, (size, _) in body["outputs"].items()
-        )
-        return body if whole else None
+        return body if body and all(self._whole(file, size) for file, (size, _) in body["outputs"].items()) else None
+
+    def _whole(self, file: str, size: int) -> bool:
+        path = self.root / file
+        return path.is_file() and path.stat().st_size == size
 
     def _manifest(self, name: str) -> dict[str, Any] | None:
         """The manifest as it stands; None for a missing or damaged one, whose stage is then made again."""
@@ -252,7 +331,10 @@ class Workspace:
     def load(self, name: str) -> Any:
         """The record of a finished stage."""
         if self.manifest(name) is None:
-            raise WorkspaceError(f"{self.root}: the stage {name} is not finished here; run: attar {name} {self.root}")
+            outputs = (self._manifest(name) or {}).get("outputs", {})
+            damaged = [self.root / file for file, (size, _) in outputs.items() if not self._whole(file, size)]
+            what = f"{damaged[0]}: is missing or cut short" if damaged else f"{self.root}: the stage {name} is not finished here"
+            raise WorkspaceError(f"{what}; run: attar {name} {self.root}")
         return formats.FORMATS[self.stages[name].record].load(self.root)
 
     def key(self, name: str, config: Any) -> str:
@@ -261,7 +343,8 @@ class Workspace:
         sections = [getattr(config, section) for section in stage.settings]
         inputs = {need: (self.manifest(need) or {}).get("content") for need in stage.needs}
         outside = stage.fingerprint(*sections) if stage.fingerprint else None
-        return _digest([name, __version__, config.setup.seed, [dataclasses.asdict(section) for section in sections], inputs, outside])
+        read = {file: file_digest(self.root / file) for file in stage.reads if (self.root / file).is_file()}
+        return _digest([name, __version__, config.setup.seed, [dataclasses.asdict(section) for section in sections], inputs, outside, read])
 
     def run(self, name: str, config: Any, *, quiet: bool = False) -> Any:
         """The record of a stage: loaded when it is finished and nothing it depends on changed, else made (resuming what is half done)."""
@@ -271,7 +354,14 @@ class Workspace:
             self._clear(name)
             return self.load(name)
         scratch = self.root / ".partial" / f"{name}-{key[:12]}"
-        job = Job(name, scratch, seed=config.setup.seed, workers=config.setup.workers, quiet=quiet)
+        setup = config.setup
+        self._engine = self._engine or engine_of(setup)
+        options = {"seed": setup.seed, "workers": setup.workers, "tensorboard": setup.tensorboard}
+        job = Job(name, scratch, quiet=quiet, engine=self._engine, **options)
+        cache = self.root / ".cache" / name
+        job.cache = cache / key[:12]
+        if manifest:
+            job.cache_before, job.before = cache / manifest["key"][:12], functools.partial(self.load, name)
         manifests = {need: self.manifest(need) or {} for need in stage.needs}
         job.history = [{"stage": need, "seconds": body.get("seconds"), "notes": body.get("notes", [])} for need, body in manifests.items()]
         spent = (job.recall("seconds.json") or 0.0) if scratch.exists() else 0.0
@@ -319,3 +409,7 @@ class Workspace:
         (self.root / "stages" / f"{name}.moving").unlink(missing_ok=True)
         for old in (self.root / ".partial").glob(f"{name}-*"):
             shutil.rmtree(old, ignore_errors=True)
+        current = ((self._manifest(name) or {}).get("key") or "")[:12]
+        for old in (self.root / ".cache" / name).glob("*-*"):
+            if not old.name.startswith(f"{current}-"):
+                old.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from attar.containers import COPY_AGAIN, Unreadable
 from attar.data import Reader
 from attar.errors import DataError
 from attar.modalities import jpeg
+from attar.modalities.blur import blur as blur
 from attar.records import Items, Preprocess
 
 # What Pillow decodes by itself and tells by its first bytes. Not EPS (runs Ghostscript), TGA (no mark of its own), ICO (its header
@@ -229,7 +230,7 @@ def _scaled(width: int, height: int, preprocess: Preprocess) -> tuple[int, int]:
     return (preprocess.resize_shortest, other) if width <= height else (other, preprocess.resize_shortest)
 
 
-def _crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _crop(image: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The centre (height, width) of an image, (H, W, 3) uint8; what is missing repeats the edge."""
     pixels = np.asarray(image)
     missing = [max(0, want - have) for want, have in zip(size, pixels.shape)]
@@ -239,19 +240,35 @@ def _crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return pixels[top : top + size[0], left : left + size[1]]
 
 
-def resize_crop(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
+def _fit(
+    pixels: np.ndarray, scaled: tuple[int, int], size: tuple[int, int], resample: str, length: tuple[float, float] | None = None
+) -> np.ndarray:
+    """The centre (height, width) of pixels (H, W, 3) that are scaled to (width, height); `length` is how much of their height and width that is."""
+    from attar.modalities.resample import KERNELS, window  # compiled code takes a while to load
+
+    width, height = scaled
+    if resample in KERNELS:
+        high, wide = min(size[0], height), min(size[1], width)
+        return _crop(window(pixels, (height, width), ((height - high) // 2, (width - wide) // 2, high, wide), resample, length), size)
+    box = (0, 0, length[1], length[0]) if length else None
+    return _crop(Image.fromarray(pixels).resize(scaled, FILTERS[resample], box=box), size)
+
+
+def resize_crop(image: Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
     """An RGB image as a model's input, (H, W, 3) uint8: shorter side to `resize_shortest` and centre crop, or straight to `size`.
 
-    The pixels are those of transformers' PIL image processors, except that an image smaller than the crop is padded by
+    The pixels are those of transformers' PIL image processors, within a level, except that an image smaller than the crop is padded by
     its edge instead of black.
     """
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
     if preprocess.resize_shortest:
         # Scaling the whole of a long strip would take memory without bound, and the crop sees its middle only.
-        width, height = (min(side, 64 * min(image.size)) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
-    scaled = image.resize(_scaled(*image.size, preprocess), FILTERS[preprocess.resample])
-    return _crop(scaled, preprocess.size)
+        most = 64 * min(height, width)
+        top, left = (max(0, side - most) // 2 for side in (height, width))
+        pixels = pixels[top : top + most, left : left + most]
+        height, width = pixels.shape[:2]
+    return _fit(pixels, _scaled(width, height, preprocess), preprocess.size, preprocess.resample)
 
 
 def prepare(data: bytes, preprocess: Preprocess, *, max_pixels: int) -> np.ndarray:
@@ -262,11 +279,19 @@ def prepare(data: bytes, preprocess: Preprocess, *, max_pixels: int) -> np.ndarr
         upright = _scaled(*(size if orientation < 5 else size[::-1]), preprocess)
         width, height = upright if orientation < 5 else upright[::-1]
         factor = jpeg.reduction_for(min(size[0] / (2 * width), size[1] / (2 * height)))
-    rgb, _ = _rgb(image, data, factor)
+    pixels = jpeg.decode(data, size, factor) if _jpeg(image) else None
+    pixels = np.asarray(_pillow(image, factor)[0]) if pixels is None else pixels
+    orientation = _orientation(image)  # asked again: some of Pillow's plugins turn while they load
+
+    def turned(found: np.ndarray) -> np.ndarray:
+        return found if orientation == 1 else np.asarray(_turn(Image.fromarray(found), orientation))
+
     if factor == 1:
-        return resize_crop(_turn(rgb, _orientation(image)), preprocess)
-    box = (0, 0, size[0] / factor, size[1] / factor)  # the reduced size is rounded up: the box keeps the scale exact
-    return _crop(_turn(rgb.resize((width, height), FILTERS[preprocess.resample], box=box), orientation), preprocess.size)
+        return resize_crop(turned(pixels), preprocess)
+    length = size[1] / factor, size[0] / factor  # the reduced size is rounded up: this keeps the scale exact
+    if orientation == 1:
+        return _fit(pixels, (width, height), preprocess.size, preprocess.resample, length)
+    return _crop(turned(_fit(pixels, (width, height), (height, width), preprocess.resample, length)), preprocess.size)
 
 
 def thumbnail(image: Image.Image) -> bytes:

@@ -46,22 +46,6 @@ def vicreg(first: Float[Tensor, "items dim"], second: Float[Tensor, "items dim"]
     return 25 * apart + 25 * narrow + mixed
 
 
-def information(first: Float[Tensor, "items kinds"], second: Float[Tensor, "items kinds"]) -> Float[Tensor, ""]:
-    """Minus the mutual information, in nats, of the kinds two views of an item are given (IIC, Ji et al. 2019, eq. 3).
-
-    −Σ P_ab ln(P_ab / (P_a P_b)), P = (Q + Qᵀ) / 2 with Q = first ᵀ second / items; rows are probabilities. From 0 down to −ln(kinds), where
-    views agree, each kind is certain and all are equally frequent:
-
-    >>> kinds = torch.eye(4)
-    >>> round(float(information(kinds, kinds)), 4) == round(-float(torch.tensor(4.0).log()), 4)
-    True
-    """
-    joint = first.T @ second / len(first)
-    joint = ((joint + joint.T) / 2).clamp_min(1e-12)
-    left, right = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
-    return -(joint * (joint.log() - left.log() - right.log())).sum()
-
-
 def prototypes(
     points: Float[Tensor, "items dim"], centroids: Float[Tensor, "kinds dim"], kinds: Int[Tensor, " items"], temperature: float
 ) -> Float[Tensor, ""]:

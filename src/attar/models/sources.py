@@ -25,13 +25,14 @@ from attar.config import Compress, ModelChoice
 from attar.errors import MissingExtra, ModelError, UsageError
 from attar.models import frozen
 from attar.models import weights as files
+from attar.models.descriptors import Descriptors
 from attar.models.network import Network, count_macs, count_parameters, end_with, find_classifier
 from attar.models.preprocessing import from_flags, from_hub_config, per_channel
 from attar.models.students import Encoder, input_side
 from attar.records import Items, Model, Preprocess
 from attar.workspace import Job, file_digest
 
-KNOWN = '"self", "hf:FOLDER-OR-HUB-ID", "timm:NAME", "FILE.py:BUILDER" or "FILE.onnx"'
+KNOWN = '"self", "descriptors", "auto", "hf:FOLDER-OR-HUB-ID", "timm:NAME", "FILE.py:BUILDER" or "FILE.onnx"'
 HELD: dict[str, nn.Module] = {}
 """Modules handed over in this process, by `module:…` source; what cannot be built from a recipe."""
 
@@ -54,13 +55,13 @@ def hold(module: nn.Module) -> str:
 
 
 def kind_of(source: str) -> str:
-    """One of self, hf, timm, file, onnx, module; raises UsageError for anything else."""
+    """One of self, descriptors, auto, hf, timm, file, onnx, module; raises UsageError for anything else."""
     if source in HELD:
         return "module"
     if source.endswith(".onnx"):
         return "onnx"
-    if source == "self":
-        return "self"
+    if source in ("self", "descriptors", "auto"):
+        return source
     if source.startswith(("hf:", "timm:")) and source.split(":", 1)[1]:
         return source.split(":", 1)[0]
     if ".py:" in source and source.rsplit(":", 1)[1].isidentifier():
@@ -227,6 +228,18 @@ def _build_self(source: Mapping[str, Any]) -> nn.Module:
     return Encoder(source["side"], source["width"])
 
 
+def _resolve_descriptors(choice: ModelChoice, items: Items, self_width: int, job: Job) -> Resolved:
+    short = int(np.median(np.minimum(items.column("width"), items.column("height"))))
+    side = choice.input_size or min(128, max(32, -(-short // 8) * 8))
+    origin = "--input-size" if choice.input_size else f"sized to the images (median shorter side {short} px)"
+    preprocess = Preprocess(size=(side, side), resize_shortest=side, mean=(0.0,) * 3, std=(1.0,) * 3, origin=origin)
+    return Descriptors(), {"kind": "descriptors"}, preprocess, ()
+
+
+def _build_descriptors(source: Mapping[str, Any]) -> nn.Module:
+    return Descriptors()
+
+
 def _transformers() -> ModuleType:
     try:
         import transformers
@@ -371,9 +384,16 @@ def _build_module(source: Mapping[str, Any]) -> nn.Module:
     return copy.deepcopy(HELD[source["key"]])
 
 
-RESOLVERS: dict[str, Callable[..., Resolved]] = {"self": _resolve_self, "hf": _resolve_hf, "timm": _resolve_timm, "file": _resolve_file}
+RESOLVERS: dict[str, Callable[..., Resolved]] = {
+    "self": _resolve_self,
+    "descriptors": _resolve_descriptors,
+    "hf": _resolve_hf,
+    "timm": _resolve_timm,
+    "file": _resolve_file,
+}
 BUILDERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "self": _build_self,
+    "descriptors": _build_descriptors,
     "hf": _build_hf,
     "timm": _build_timm,
     "file": _build_file,

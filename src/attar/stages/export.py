@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def write_onnx(model: Model, path: Path) -> None:
         )
 
 
-def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Job) -> Export:
-    """The delivered file of a run folder with its metadata and its card, checked on its test images."""
+def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Job, names: Mapping[int, str] | None = None) -> Export:
+    """The delivered file of a run folder with its metadata, names of clusters among it, and its card, checked on its test images."""
     preprocess, ids = model.preprocess, items.ids("test")[:CHECKED]
 
     def batches() -> Iterator[torch.Tensor]:
@@ -63,10 +63,12 @@ def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Jo
             for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 32))):
                 yield normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
 
-    return deliver(model, front, evidence, batches(), job)
+    return deliver(model, front, evidence, batches(), job, names)
 
 
-def deliver(model: Model, front: Front, evidence: Evidence, batches: Iterable[torch.Tensor], job: Job) -> Export:
+def deliver(
+    model: Model, front: Front, evidence: Evidence, batches: Iterable[torch.Tensor], job: Job, names: Mapping[int, str] | None = None
+) -> Export:
     """The delivered file with its metadata, its card, and how far it is from the torch model on batches of test inputs."""
     student = front.student
     graph = onnx.load(student.onnx)
@@ -78,6 +80,8 @@ def deliver(model: Model, front: Front, evidence: Evidence, batches: Iterable[to
         "clusters": len(model.head.centroids),  # type: ignore[union-attr]
         "lineage": [*student.model.lineage, f"delivered as {student.precision}{where(student.runtime)}"],
     }
+    if names:
+        known["cluster_names"] = [names.get(number, f"cluster {number}") for number in range(known["clusters"])]
     if student.runtime != DEFAULT:  # the figures and the certificate hold in this runtime alone
         known = {"runtime": student.runtime} | known
     if not model.shape:  # tensors come prepared: nobody can prepare them from here

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
+import pyarrow.parquet as pq
 
-from attar import config
-from attar.data import Entry, Problem, Reader, Unreadable, absolute, listing, tally
+from attar import __version__, config
+from attar.data import Entry, Problem, Reader, Unreadable, absolute, listing, stamps, tally
 from attar.data import fingerprint as data_fingerprint
 from attar.errors import DataError
 from attar.modalities import MODALITIES
 from attar.records import ITEM_SCHEMA, QUARANTINE_SCHEMA, SPLITS, Items
+from attar.scale.local import Tick
 from attar.workspace import Job
 
 MODALITY = "image"
@@ -29,7 +31,7 @@ FEWEST_IN_SPLIT = 8
 # Encoded bytes per pixel no honest image exceeds (16-bit RGBA, uncompressed, and as much again), and the size that is always allowed.
 BYTES_PER_PIXEL, FREE_BYTES = 16, 256 << 20
 
-_CHECKED = [ITEM_SCHEMA.field(name) for name in ("path", "content", "bytes", "width", "height", "format", "note", "thumb")]
+_CHECKED = [ITEM_SCHEMA.field(name) for name in ("path", "content", "bytes", "width", "height", "format", "note", "thumb", "blur")]
 CHECKED_SCHEMA = pa.schema([*_CHECKED, QUARANTINE_SCHEMA.field("reason"), QUARANTINE_SCHEMA.field("remedy")])
 
 
@@ -43,37 +45,54 @@ def scan(data: config.Data, job: Job) -> Items:
 
     Raises DataError when the data cannot be found, when nothing in it is readable, or when fewer than 20 distinct items are.
     """
-    modality, others = MODALITIES[MODALITY], Counter[str]()
-    entries, problems = listing(data.data, modality.SUFFIXES, others)
-    shards = [entries[start : start + SHARD] for start in range(0, len(entries), SHARD)]
-    limit = int(data.max_megapixels * 1e6)
-    tables = []
-    with Reader(data.data) as reader, job.progress(len(entries), "reading", f"{MODALITY}s") as bar:
-        pool = ThreadPoolExecutor(job.workers, "attar-scan")
-        try:
-            for number, shard in enumerate(shards):
-                tables.append(job.shard(number, partial(_check, shard, reader, modality, limit, pool, bar)))
-                bar.update(sum(map(len, shards[: number + 1])) - bar.n)  # a shard kept from before counts as well
-        finally:
-            pool.shutdown(cancel_futures=True)
-    checked = pa.concat_tables(tables or [CHECKED_SCHEMA.empty_table()])
+    others = Counter[str]()
+    entries, problems = listing(data.data, MODALITIES[MODALITY].SUFFIXES, others)
+    stamped = stamps(data.data, MODALITIES[MODALITY].SUFFIXES)
+    known = job.once("known.parquet", lambda: checked_before(stamped, data, job))
+    seen = set(known["path"].to_pylist())
+    fresh = [entry for entry in entries if entry.path not in seen]
+    parts = [fresh[start : start + SHARD] for start in range(0, len(fresh), SHARD)]
+    files = job.shards(Checking(data.data, int(data.max_megapixels * 1e6), BLOCK), parts, "reading", f"{MODALITY}s")
+    checked = pa.concat_tables([known, *(pq.read_table(file) for file in files)]).sort_by("path")
+    keep_checked(checked, stamped, data, job)
+    if seen:
+        job.say(f"{len(seen):,} files are as they were at the last scan and were not read again")
     items = _assemble(absolute(data.data), checked, problems, data)
     _refuse_too_few(data.data, items)
     _summarise(items, others, job)
     return items
 
 
-def _check(entries: Sequence[Entry], reader: Reader, modality: ModuleType, limit: int, pool: ThreadPoolExecutor, bar: tqdm) -> pa.Table:
-    """One shard: what decoding each entry gave, schema CHECKED_SCHEMA; only the small rows are held, never the images."""
+@dataclass(frozen=True)
+class Checking:
+    """Work of an engine: what decoding some entries gives."""
 
-    def look(block: Sequence[Entry]) -> list[dict[str, Any]]:
-        return [_examine(entry, reader, modality, limit) for entry in block]
+    data: str
+    limit: int
+    """Pixels of the largest image that is decoded."""
+    block: int
+    """Entries a thread takes at a time."""
 
-    rows = []
-    for part in pool.map(look, [entries[start : start + BLOCK] for start in range(0, len(entries), BLOCK)]):
-        rows += part
-        bar.update(len(part))
-    return pa.Table.from_pylist(rows, CHECKED_SCHEMA)
+    @contextmanager
+    def open(self, workers: int) -> Iterator[Callable[[Sequence[Entry], Tick], pa.Table]]:
+        """The function of one shard, schema CHECKED_SCHEMA; only the small rows are held, never the images."""
+        pool, modality = ThreadPoolExecutor(workers, "attar-scan"), MODALITIES[MODALITY]
+        with Reader(self.data) as reader:
+
+            def look(block: Sequence[Entry]) -> list[dict[str, Any]]:
+                return [_examine(entry, reader, modality, self.limit) for entry in block]
+
+            def check(entries: Sequence[Entry], tick: Tick) -> pa.Table:
+                rows = []
+                for part in pool.map(look, [entries[start : start + self.block] for start in range(0, len(entries), self.block)]):
+                    rows += part
+                    tick(len(part))
+                return pa.Table.from_pylist(rows, CHECKED_SCHEMA)
+
+            try:
+                yield check
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _examine(entry: Entry, reader: Reader, modality: ModuleType, limit: int) -> dict[str, Any]:
@@ -93,7 +112,29 @@ def _examine(entry: Entry, reader: Reader, modality: ModuleType, limit: int) -> 
         "format": image.format,
         "note": note,
         "thumb": modality.thumbnail(image),
+        "blur": modality.blur(image),
     }
+
+
+def checked_before(stamped: Mapping[str, tuple[int, int]], data: config.Data, job: Job) -> pa.Table:
+    """What the last scan found of files whose size and time of change are still the same, schema CHECKED_SCHEMA."""
+    kept = job.kept("checked.parquet")
+    if kept is None or kept.schema.names != [*CHECKED_SCHEMA.names, "size", "mtime", "limit", "attar"]:
+        return CHECKED_SCHEMA.empty_table()
+    rows = zip(*(kept[name].to_pylist() for name in ("path", "size", "mtime", "limit", "attar")))
+    same = [stamped.get(path) == (size, time) and (limit, version) == (data.max_megapixels, __version__) for path, size, time, limit, version in rows]
+    return kept.select(CHECKED_SCHEMA.names).filter(pa.array(same, pa.bool_())).cast(CHECKED_SCHEMA)
+
+
+def keep_checked(checked: pa.Table, stamped: Mapping[str, tuple[int, int]], data: config.Data, job: Job) -> None:
+    """Keeps what was found with the size and time of change the file had before it was read."""
+    stamp = [stamped.get(path, (-1, -1)) for path in checked["path"].to_pylist()]
+    kept = checked.filter(pa.array([time >= 0 for _, time in stamp], pa.bool_()))
+    columns = zip(*[one for one in stamp if one[1] >= 0]) if kept.num_rows else ((), ())
+    for name, values in zip(("size", "mtime"), columns):
+        kept = kept.append_column(name, pa.array(values, pa.int64()))
+    kept = kept.append_column("limit", pa.array([data.max_megapixels] * kept.num_rows, pa.float64()))
+    job.keep("checked.parquet", kept.append_column("attar", pa.array([__version__] * kept.num_rows, pa.string())))
 
 
 def _assemble(root: str, checked: pa.Table, problems: Sequence[Problem], data: config.Data) -> Items:

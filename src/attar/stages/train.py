@@ -1,4 +1,4 @@
-"""Training on unlabelled items: the loop that distillation shares, and contrastive learning of an encoder.
+"""Training on unlabelled items: the loop that distillation shares, and learning an encoder by any of the objectives.
 
 Both are exact under interruption: a step's batch and augmentation depend on the seed and the step number alone, and a
 checkpoint holds weights, optimiser and step, so a resumed run takes the same steps as one that was never stopped.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,20 +21,19 @@ from attar import config
 from attar.errors import ModelError
 from attar.modalities.image import Loader
 from attar.models import sources
+from attar.models.learners import Learner, Seen, learner
 from attar.models.network import Network
-from attar.models.objectives import effective_rank, nt_xent
+from attar.models.objectives import effective_rank, spread
 from attar.records import Clusters, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import augment, normalise
 from attar.stages.cluster.head import refit_head
+from attar.stages.signals import Curve, Recorder, collapsed, has_collapsed, plateaued, verdict
 from attar.workspace import Job
 
 RATE = 2e-3
 """Peak learning rate of AdamW, from scratch."""
 CHECKPOINT_SECONDS = 20.0
-PATIENCE = 6
-"""Looks at the validation loss without an improvement of MARGIN after which training has reached its plateau."""
-MARGIN = 0.003
 
 
 def batches(ids: np.ndarray, size: int, steps: range, draw: Callable[[int], np.random.Generator]) -> Iterator[np.ndarray]:
@@ -52,6 +51,11 @@ Stream = Callable[[range], Iterator[tuple[int, np.ndarray, np.ndarray]]]
 """For a range of steps: step, ids and uint8 images (n, height, width, 3) of its batch."""
 
 
+def never(curve: Curve) -> bool:
+    """Training goes on to its last step."""
+    return False
+
+
 def optimise(
     modules: nn.ModuleDict,
     rate: float,
@@ -61,23 +65,24 @@ def optimise(
     look: Callable[[], dict[str, float]],
     job: Job,
     label: str,
-    until_plateau: bool,
+    stops: Callable[[Curve], bool] = never,
 ) -> tuple[dict[str, float], ...]:
-    """Takes the steps with AdamW under a cosine rate after a short warm-up, from the last checkpoint if there is one, to the end or a plateau.
+    """Takes the steps with AdamW under a cosine rate after a short warm-up, from the last checkpoint if there is one, until `stops` says so.
 
     `look` measures on held-out items before the first step and forty times on the way; its figures, with step and loss, are the curve that is
-    returned. The modules end as they were when the validation loss was least, so that training never leaves them worse than it found them.
-    Raises ModelError when the loss is not finite.
+    returned, and are written down as they come. The modules end as they were when the validation loss was least and they had not collapsed,
+    so that training never leaves them worse than it found them. Raises ModelError when the loss is not finite.
     """
-    name, optimiser = f"{label.replace(' ', '-')}.pt", _optimiser(modules, rate)
+    label = label.replace(" ", "-")
+    name, optimiser = f"{label}.pt", _optimiser(modules, rate)
     kept: dict[str, Any] = job.recall(name) or {"step": 0, "curve": [{"step": 0} | look()], "best": copy.deepcopy(modules.state_dict())}
     if "modules" in kept:
         modules.load_state_dict(kept["modules"])
         optimiser.load_state_dict(kept["optimiser"])
     start, curve, best, saved = kept["step"], list(kept["curve"]), kept["best"], time.monotonic()
-    every, warm = max(5, steps // 40), max(1, min(100, steps // 10))
-    with job.progress(steps, label, "steps", done=start) as bar:
-        for step, ids, images in stream(range(start, steps) if not (until_plateau and _plateau(curve)) else range(0)):
+    every, warm, done = max(5, steps // 40), max(1, min(100, steps // 10)), kept.get("done", False)
+    with Recorder(job, label, curve) as record, job.progress(steps, label, "steps", done=start) as bar:
+        for step, ids, images in stream(range(start, steps) if not done else range(0)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = loss_of(step, ids, images)
@@ -89,16 +94,18 @@ def optimise(
             if not math.isfinite(value):
                 raise ModelError(f"{label}: the loss is {value} at step {step}; the model or its preprocessing (--mean, --std) is not sane")
             bar.update(1)
-            if (step + 1) % every == 0 or step + 1 == steps:
+            done = step + 1 == steps
+            if (step + 1) % every == 0 or done:
                 curve.append({"step": step + 1, "loss": round(value, 5)} | look())
-                if curve[-1]["validation_loss"] <= min(seen["validation_loss"] for seen in curve):
+                record(curve[-1])
+                if _is_best(curve):
                     best = copy.deepcopy(modules.state_dict())
                 shown = {key: f"{figure:.3f}" for key, figure in curve[-1].items() if key != "step" and "[" not in key}
-                bar.set_postfix(shown, refresh=False)
-            done = (until_plateau and _plateau(curve)) or step + 1 == steps
+                bar.set_postfix({"verdict": verdict(curve).state} | shown, refresh=False)
+                done = done or stops(curve)
             if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
-                job.remember(name, {"step": step + 1, "curve": curve, "best": best} | state)
+                job.remember(name, {"step": step + 1, "curve": curve, "best": best, "done": done} | state)
                 saved = time.monotonic()
             if done:
                 break
@@ -106,10 +113,10 @@ def optimise(
     return tuple(curve)
 
 
-def _plateau(curve: Sequence[Mapping[str, float]]) -> bool:
-    """Whether the last PATIENCE looks brought no validation loss better than the best before them by the share MARGIN."""
-    losses = [seen["validation_loss"] for seen in curve]
-    return len(losses) > 2 * PATIENCE and min(losses[-PATIENCE:]) > (1 - MARGIN) * min(losses[:-PATIENCE])
+def _is_best(curve: Curve) -> bool:
+    """Whether the last look is sound and saw the least validation loss of all sound looks."""
+    sound = [seen["validation_loss"] for seen in curve if not collapsed(seen)]
+    return not collapsed(curve[-1]) and sound[-1] <= min(sound)
 
 
 def _optimiser(modules: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -140,7 +147,7 @@ def _views(images: np.ndarray, policy: Policy, clusters: np.ndarray | None, prep
     return [normalise(view, preprocess.mean, preprocess.std) for view in made]
 
 
-def contrastive(
+def learn(
     network: Network,
     items: Items,
     ids: np.ndarray,
@@ -150,30 +157,38 @@ def contrastive(
     steps: int,
     settings: config.Embed,
     job: Job,
+    objective: str = "nt-xent",
+    rate: float = RATE,
+    wake: Callable[[], object] | None = None,
 ) -> tuple[dict[str, float], ...]:
-    """Trains an encoder in place with NT-Xent on two views per item (SimCLR), to the last step or a plateau, under live dials.
+    """Trains an encoder in place on two views per item by an objective, to the last step, a plateau or a collapse, under live dials.
 
-    `clusters` is the cluster of every item by id, where the policy has dials per cluster. Returns the curve: step, loss, and on held-out
-    items validation loss (under the policy as given, so that looks compare), effective rank, and what moved the dials and where to. The dials
-    end, as the weights do, as they were when the validation loss was least.
+    `clusters` is the cluster of every item by id, where the policy has dials per cluster. `wake` puts the network into the mode it trains in,
+    by default training mode. Returns the curve: step, loss, and on held-out items validation loss (under the policy as given, so that looks
+    compare), effective rank, spread, and what moved the dials and where to. The dials end, as the weights do, as they were when the validation
+    loss was least.
     """
     size = int(min(settings.batch_size, max(4, len(ids) // 2)))
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         dim = network(torch.zeros(2, 3, *preprocess.size))[0].shape[1]
-        projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 64))
-    modules, dials = nn.ModuleDict({"network": network, "projector": projector}), Controller(policy, pins(policy))
-    if dials.live:
+        teacher = learner(objective, dim, preprocess.size, len(ids), settings.self_kinds, steps, settings.temperature, job.seed)
+    modules, dials = nn.ModuleDict({"network": network, "learner": teacher}), Controller(policy, pins(policy))
+    live = dials.live and teacher.moves_dials
+    if live:
         modules["dials"] = dials  # its state is in the checkpoints with the weights
 
     def loss_of(step: int, batch: np.ndarray, images: np.ndarray) -> Tensor:
-        network.train()
+        teacher.prepare(step, lambda: torch.from_numpy(embeddings_of(network.eval(), items, ids, preprocess, job)))
+        modules.train()
+        if wake:
+            wake()
         own = None if clusters is None else clusters[batch]
-        pair = torch.cat(_views(images, dials.policy(), own, preprocess, job, step))
-        first, second = projector(network(pair)[0]).chunk(2)
-        if dials.live:
-            dials.saw(first, second, settings.temperature, own)
-        return nt_xent(first, second, settings.temperature)
+        views = _views(images, dials.policy(), own, preprocess, job, step)
+        seen: Seen = teacher(network, *views, np.searchsorted(ids, batch), job.rng("hidden", step))
+        if live:
+            dials.saw(*seen.projected, settings.temperature, own)
+        return seen.loss
 
     with Loader(items, preprocess, workers=job.workers) as loader:
         held = held_out(items, job)
@@ -181,22 +196,29 @@ def contrastive(
         pair = _views(images, policy, None, preprocess, job, "held out")
 
         def look() -> dict[str, float]:
-            network.eval()
+            modules.eval()
             with torch.no_grad():
-                first, second = (network(view)[0] for view in pair)
-                loss = nt_xent(projector(first), projector(second), settings.temperature)
-                found = {"validation_loss": round(float(loss), 5), "effective_rank": round(effective_rank(first), 3)}
-                return found | (_steer(dials, modules, images, own, preprocess, settings.temperature, job) if dials.live else {})
+                seen = teacher(network, *pair, np.full(len(held), -1), job.rng("hidden", "held out"))
+                found = {
+                    "validation_loss": float(seen.loss),
+                    "effective_rank": effective_rank(seen.embeddings[0]),
+                    "spread": spread(seen.embeddings[0]),
+                }
+                found = {name: round(value, 5) for name, value in found.items()} | teacher.figures()
+                return found | (_steer(dials, network, teacher, images, own, preprocess, settings.temperature, job) if live else {})
 
-        stream = _streamer(loader, ids, size, job)
-        curve = optimise(modules, RATE, steps, stream, loss_of, look, job, "contrastive training", until_plateau=True)
+        def stops(curve: Curve) -> bool:
+            return has_collapsed(curve) or teacher.settled() or (teacher.watches_plateau and plateaued(curve))
+
+        curve = optimise(modules, rate, steps, _streamer(loader, ids, size, job), loss_of, look, job, f"{objective} training", stops)
     network.eval()
-    return (*curve[:-1], dict(curve[-1]) | dials.by_cluster()) if dials.live else curve
+    return (*curve[:-1], dict(curve[-1]) | dials.by_cluster()) if live else curve
 
 
 def _steer(
     dials: Controller,
-    modules: nn.ModuleDict,
+    network: Network,
+    teacher: Learner,
     images: np.ndarray,
     clusters: np.ndarray | None,
     preprocess: Preprocess,
@@ -208,13 +230,13 @@ def _steer(
     views = _views(images, dials.policy(), clusters, preprocess, job, "live", turn)
     alone = _views(images, dials.alone(), clusters, preprocess, job, "alone", turn)[0]
     plain = normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
-    first, second, changed, still = (modules["network"](view)[0] for view in (*views, alone, plain))
-    projected = modules["projector"](first), modules["projector"](second)
+    first, second, changed, still = (network(view)[0] for view in (*views, alone, plain))
+    projected = teacher.project(first), teacher.project(second)
     return dials.act((first, second), projected, (still, changed), temperature, effective_rank(first), clusters)
 
 
 def default_steps(count: int, batch: int) -> int:
-    """Contrastive steps for so many training items: a hundred epochs, at least 300 and at most 3,000 steps."""
+    """Training steps for so many items: a hundred epochs, at least 300 and at most 3,000 steps."""
     return int(np.clip(100 * count // max(1, min(batch, count // 2)), 300, 3000))
 
 
@@ -245,27 +267,29 @@ def train(
     if not steps:
         return model
     network, preprocess = sources.network(model), model.preprocess
+    objective = learning.objectives[-1]
     before = retrieval(network, items, preprocess, policy, job)
-    curve = contrastive(network, items, ids, preprocess, policy, groups, steps, learning, job)
+    curve = learn(network, items, ids, preprocess, policy, groups, steps, learning, job, objective)
     after = retrieval(network, items, preprocess, policy, job)
     said = f"held-out items found by another view of themselves: {before:.1%} before, {after:.1%} after"
     if after < before:
         job.say(f"training on with the found policy did not help ({said}); the first encoder is kept")
         return model
     job.say(said)
-    with Loader(items, preprocess, workers=job.workers) as loader:
-        embeddings = np.concatenate(
-            [_embed(network, images, preprocess) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))]
-        )
-    step = f"{steps} further contrastive steps on {len(ids)} curated items ({said})"
-    head = refit_head(embeddings, own, clusters.head)
+    step = f"{steps} further steps ({objective}) on {len(ids)} curated items ({said})"
+    head = refit_head(embeddings_of(network, items, ids, preprocess, job), own, clusters.head)
     return replace(model, state=network.state_dict(), head=head, lineage=(*model.lineage, step), signals=curve)
 
 
-def _embed(network: Network, images: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    with torch.no_grad():
+def embeddings_of(network: Network, items: Items, ids: np.ndarray, preprocess: Preprocess, job: Job) -> np.ndarray:
+    """Embeddings (n, d) float32 of items as they are."""
+
+    def made(images: np.ndarray) -> np.ndarray:
         views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         return network(normalise(views, preprocess.mean, preprocess.std))[0].numpy()
+
+    with Loader(items, preprocess, workers=job.workers) as loader, torch.no_grad():
+        return np.concatenate([made(images) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))])
 
 
 def retrieval(network: Network, items: Items, preprocess: Preprocess, policy: Policy, job: Job) -> float:

@@ -48,11 +48,12 @@ class Augment:
         seed: Any = 0,
         threads: Any = 1,
         device: Any = "cpu",
+        box_share: Any = 0.5,
     ) -> None:
         """`size` is a side or (height, width) of the views, pixels; `mean`, `std` and `fill` are in units of [0, 1], one number or one per channel.
 
         `dtype` is float32, float16 or bfloat16, `layout` contiguous or channels_last; `border` says what lies outside an image: reflect (mirrored),
-        edge (its nearest pixel) or constant (`fill`). `device` is what torch.device takes.
+        edge (its nearest pixel) or constant (`fill`). `device` is what torch.device takes. `box_share` is how much of a box a crop keeps (see __call__).
 
         Raises UsageError for a setting that is not understood; all are checked here.
         """
@@ -71,6 +72,9 @@ class Augment:
             self.device = torch.device(device)
         except RuntimeError as error:
             raise UsageError(f"device is {device!r}. Expected what torch.device takes, as cpu or cuda:0 ({error}).") from None
+        if isinstance(box_share, bool) or not isinstance(box_share, int | float) or not 0 <= box_share <= 1:
+            raise UsageError(f"box_share is {box_share!r}. Expected a share from 0 to 1 of the box (or of the crop, where it is smaller).")
+        self.box_share = float(box_share)
         self._calls = itertools.count()
 
     def __call__(
@@ -80,6 +84,7 @@ class Augment:
         clusters: Any = None,
         step: Any = None,
         views: Any = 1,
+        boxes: Any = None,
         return_plan: bool = False,
     ) -> Any:
         """`views` views of each image, (n · views, 3, height, width), on the device; with `return_plan` also the Plan.
@@ -87,13 +92,15 @@ class Augment:
         `images` are a list of uint8 arrays or tensors (height, width, 1, 3 or 4) or PIL images of any sizes, or one batch: a tensor
         (n, channels, height, width), an array (n, height, width, channels), of bytes or of floats in [0, 1], which are rounded to 255 levels.
         Of four channels the last is left out; grey becomes three equal channels. `clusters` (n,) choose the dials of a policy per cluster.
+        `boxes` (n, 4) x0, y0, x1, y1 in pixels, NaN for none, say where the foreground of each image is (as attar.objects(RUN).foreground() does):
+        a resized crop is then placed where it overlaps the box by at least `box_share` of the most that a crop of its sides can.
         Raises DataError for images that are none of these, UsageError for the rest.
         """
         on_device = self.device.type != "cpu"
         batch = as_batch(images) if on_device and isinstance(images, Tensor) and images.ndim == 4 else None
         arrays = [] if batch is not None else as_arrays(images)
         sizes = [(batch.shape[2], batch.shape[3])] * len(batch) if batch is not None else [image.shape[:2] for image in arrays]
-        plan = self.plan(sizes, clusters=clusters, step=step, views=views)
+        plan = self.plan(sizes, clusters=clusters, step=step, views=views, boxes=boxes)
         if on_device:
             given = (
                 _colours(batch)
@@ -113,6 +120,7 @@ class Augment:
         clusters: Any = None,
         step: Any = None,
         views: Any = 1,
+        boxes: Any = None,
     ) -> Plan:
         """What a call would do with images of these heights and widths, without their pixels: for loaders that decode what is shown."""
         views, count = _whole(views, "views", 1), len(sizes)
@@ -129,6 +137,8 @@ class Augment:
             source=source,
             border=self.border,
             fill=self._fill,
+            boxes=None if boxes is None else checked_boxes(boxes, count)[source],
+            box_share=self.box_share,
         )
 
     def _clusters(self, clusters: Any, count: int) -> list[int | None]:
@@ -153,6 +163,22 @@ def _colours(images: Tensor) -> Tensor:
     if channels == 1:
         return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
     return images[..., :3, :, :]
+
+
+def checked_boxes(boxes: Any, count: int) -> np.ndarray:
+    """Boxes x0, y0, x1, y1 of `count` images as float64; raises UsageError for what are none. NaN stands for none."""
+    try:
+        found = np.asarray(boxes, np.float64)
+    except (TypeError, ValueError):
+        raise UsageError(f"boxes are {type(boxes).__name__}. Expected numbers x0, y0, x1, y1 for each of {count} images.") from None
+    if found.shape != (count, 4):
+        raise UsageError(f"boxes have shape {found.shape}. Expected ({count}, 4): x0, y0, x1, y1 in pixels of each image, NaN for none.")
+    known = np.isfinite(found).all(1)
+    turned = known & (found[:, :2] >= found[:, 2:]).any(1)
+    if turned.any():
+        row = int(turned.argmax())
+        raise UsageError(f"boxes[{row}] is {found[row].tolist()}. Expected x0 < x1 and y0 < y1, in pixels.")
+    return found
 
 
 def _size(size: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from attar.containers import Unreadable
@@ -22,7 +22,7 @@ from attar.modalities.cache import Allowance, BoundedCache, Recycled, Usage
 from attar.modalities.jpeg import reduction_for
 from attar.records import Items
 from attar.stages.augment import cpu
-from attar.stages.augment.engine import Augment
+from attar.stages.augment.engine import Augment, checked_boxes
 from attar.stages.augment.plan import Plan
 
 HEAD = 64 << 10
@@ -143,9 +143,11 @@ class AugmentingLoader:
         queue_bytes: int = 512 << 20,
         decode_bytes: int = 256 << 20,
         max_megapixels: float = 100.0,
+        boxes: Shaped[np.ndarray, "items 4"] | None = None,
     ) -> None:
         """`cache_bytes` bounds the decoded items that are kept, `queue_bytes` the batches of views made ahead, `decode_bytes` what the threads have in
-        work. Of plain files those above `max_megapixels` are refused; what is scanned has passed its own limit.
+        work. Of plain files those above `max_megapixels` are refused; what is scanned has passed its own limit. `boxes` is where the foreground of
+        every item is, by id, as Augment takes it.
 
         Raises UsageError for counts below 1, bytes below what they can be, or an `augment` for another device than the CPU.
         """
@@ -156,6 +158,7 @@ class AugmentingLoader:
             raise UsageError(f"an Augment on {augment.device}: the loader makes its views on the CPU; make one with device='cpu'")
         self._augment, self._views, self._threads, self._memory = augment, views, threads, Recycled(queue_bytes)
         self._files: image.Encoded | Paths = image.Encoded(data) if isinstance(data, Items) else Paths(data, int(max_megapixels * 1e6))
+        self._boxes = None if boxes is None else checked_boxes(boxes, len(data))
         self._orientation = np.ones(len(data), np.int8)  # of what was decoded
         self._cache, self._decoding = BoundedCache(cache_bytes), Allowance(decode_bytes)
         self._pool = ThreadPoolExecutor(threads, "attar-views")
@@ -210,7 +213,8 @@ class AugmentingLoader:
             for item in np.unique(ids[self._files.sizes[ids, 0] == 0]):
                 self._files.measure(int(item))
         own = None if clusters is None else np.asarray(clusters)[ids]
-        plan = self._augment.plan(self._files.sizes[ids], clusters=own, step=step, views=self._views)
+        boxes = None if self._boxes is None else self._boxes[ids]
+        plan = self._augment.plan(self._files.sizes[ids], clusters=own, step=step, views=self._views, boxes=boxes)
         factors, pixels = reductions(plan, len(ids)), self._files.sizes[ids].prod(1)
         work = self._files.bytes[ids] + 3 * pixels // factors**2 + np.where(self._files.jpeg[ids], 0, PER_PIXEL * pixels)
         batch = _Batch(ids, plan, factors.tolist(), work.tolist(), self._memory_for(len(plan.source)))

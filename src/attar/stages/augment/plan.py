@@ -101,22 +101,30 @@ def sample(
     source: Int[np.ndarray, " n"] | None = None,
     border: Border = "reflect",
     fill: float | Sequence[float] = 0.5,
+    boxes: Shaped[np.ndarray, "n 4"] | None = None,
+    box_share: float = 0.5,
 ) -> Plan:
     """A plan for as many views as there are dials; `sizes` are height and width of each view's source, `size` those of the views.
 
     Every name is drawn with its frequency and its range scaled by its strength (catalogue.TRANSFORMS says what is full); with `pick` each view gets
     so many of its names, drawn evenly. The plain view is the whole source, stretched. View i depends on the generator, i, its dials and sizes alone.
+
+    With `boxes` x0, y0, x1, y1 (pixels of each view's source, NaN for none) a resized crop is placed where it overlaps its box by at least
+    `box_share` of the most that a crop of its sides can; the draw is spread evenly over such places, and `drawn` tells the place taken.
     """
     count = len(dials)
     uniforms = rng.random((count, _SEED + 1))
     strength = _strengths(dials, uniforms, pick)
     both = {name: _parameters(name, uniforms, strength[name]) for name in TRANSFORMS if name in strength}
+    whole = np.asarray(sizes, np.float64).reshape(count, 2)
+    if boxes is not None and "resized_crop" in both:
+        both["resized_crop"] = _around(*both["resized_crop"], boxes, box_share, whole, size)
     drawn, full = ({name: pair[part] for name, pair in both.items()} for part in (0, 1))
     table, tables = _tables(full, count)
     return Plan(
         size=size,
         source=np.arange(count) if source is None else source,
-        matrix=_matrix(full, np.asarray(sizes, np.float64).reshape(count, 2), size),
+        matrix=_matrix(full, whole, size),
         warp=_warp(full, count),
         elastic=full["elastic"].reshape(count, 2, GRID, GRID).astype(np.float32)
         if "elastic" in full
@@ -209,6 +217,27 @@ def _crop(parameters: np.ndarray, sizes: np.ndarray, size: tuple[int, int]) -> n
     goal = aspect * own**own_aspect
     width, height = np.minimum(np.sqrt(area * goal / own), 1), np.minimum(np.sqrt(area * own / goal), 1)
     return np.stack([(1 - width) * x, (1 - height) * y, width, height], 1)
+
+
+def _around(
+    drawn: np.ndarray, full: np.ndarray, boxes: np.ndarray, share: float, sizes: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters of resized crops (n, 5), as drawn and in full, with x and y moved so that every crop overlaps its box.
+
+    Along each axis at least √share of the shorter of crop and box overlap. The places that do so are an interval, onto which the uniform x or y is
+    stretched.
+    """
+    crops, held = _crop(full, sizes, size), np.isfinite(boxes).all(1) & np.isfinite(drawn).all(1)
+    edges = np.where(held[:, None], boxes, 0.0) / sizes[:, [1, 0, 1, 0]]
+    drawn, full = drawn.copy(), full.copy()
+    for axis, column in ((0, 3), (1, 4)):
+        start, end, side = edges[:, axis].clip(0, 1), edges[:, axis + 2].clip(0, 1), crops[:, axis + 2]
+        need = np.sqrt(share) * np.minimum(side, end - start)
+        low, high = np.maximum(start + need - side, 0), np.minimum(end - need, 1 - side)
+        free = 1 - side
+        moved = np.where(free > 0, (low + full[:, column] * (high - low)) / np.where(free > 0, free, 1), full[:, column]).clip(0, 1)
+        full[held, column] = drawn[held, column] = moved[held]
+    return drawn, full
 
 
 def _centred(full: Mapping[str, np.ndarray], count: int, size: tuple[int, int]) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Groups of alike items: k-means for the coarse level, HDBSCAN inside it, and how typical each item is of its group.
+"""Groups of alike items on two levels: density inside k-means or its like, or k-means inside density; and how typical each item is of its group.
 
 Everything is fitted on the distinct training items (each content once, so that a photo saved five hundred times pulls
 nothing towards itself) and then applied to all. Only the reduced points (items × components) are held in memory.
@@ -7,6 +7,7 @@ nothing towards itself) and then applied to all. Only the reduced points (items 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,31 +15,42 @@ from threadpoolctl import threadpool_limits
 
 from attar import config
 from attar.records import CLUSTER_SCHEMA, Clusters, Head, Items, Vectors
-from attar.stages.cluster.count import SAMPLED, count_clusters, separation
+from attar.stages.cluster.choose import DENSE, find_clusters
+from attar.stages.cluster.count import SAMPLED, round_groups, separation
 from attar.stages.cluster.density import density_groups, neighbour_distances, outlier_scores
-from attar.stages.cluster.kmeans import fit_centroids
-from attar.stages.cluster.space import axes_of, place, squared_distances
+from attar.stages.cluster.head import middles, regress, spread_of
+from attar.stages.cluster.methods import Partition, reordered
+from attar.stages.cluster.space import axes_of, head_scores, place, squared_distances
 from attar.workspace import Job
 
 
-def _ordered(points: np.ndarray, centroids: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Centroids by descending number of training items, ties by their coordinates: numbers that people can refer to."""
-    sizes = np.bincount(squared_distances(points, centroids).argmin(1)[train], minlength=len(centroids))
-    return centroids[np.lexsort((*centroids.T[::-1], -sizes))]
+def _ordered(found: Partition, points: np.ndarray, fitted: np.ndarray, train: np.ndarray) -> tuple[Partition, np.ndarray]:
+    """The clusters that have fitted items by descending number of training items, ties by their middles' coordinates: numbers that people
+    can refer to; and their middles: the centroids of k-means, else the mean of the fitted items."""
+    labels = found.place(points)
+    present = np.unique(labels[fitted])
+    centroids = found.centroids if found.centroids is not None else middles(points[fitted], labels[fitted], found.clusters)
+    sizes = np.bincount(labels[train], minlength=found.clusters)
+    order = present[np.lexsort((*centroids[present].T[::-1], -sizes[present]))]
+    return reordered(found, order), centroids[order]
 
 
 def _groups(
     points: np.ndarray, labels: np.ndarray, fitted: np.ndarray, settings: config.Cluster, job: Job
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(items, density cluster numbered across the whole table) of each coarse cluster."""
-    number = 0
-    with job.progress(len(points), "density inside the clusters") as bar:
+    """(items, group inside, numbered across the whole table) of each coarse cluster: density clusters, or inside density clusters k-means."""
+    number, inside = 0, round_groups if settings.cluster_method in DENSE else density_groups
+    with job.progress(len(points), "groups inside the clusters") as bar:
         for label in range(int(labels.max()) + 1):
             members = np.flatnonzero(labels == label)
-            found = density_groups(points[members], fitted[members], settings.min_subcluster, job.rng("density", label))
+            found = inside(points[members], fitted[members], settings.min_subcluster, job.rng("density", label))
             yield members, np.where(found < 0, -1, found + number)
             number += int(found.max(initial=-1)) + 1
             bar.update(len(members))
+
+
+NOISE = 0.9
+"""Least outlier score of what a density method calls noise: shown as strange, not dropped by the default cut unless it is also far."""
 
 
 def _first_of(content: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -47,6 +59,23 @@ def _first_of(content: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     first = np.zeros(len(content), bool)
     first[rows[np.unique(content[rows], return_index=True)[1]]] = True
     return first
+
+
+def _head(part: Partition, blank: Head, points: np.ndarray, labels: np.ndarray, fitted: np.ndarray) -> tuple[Head, str]:
+    """What places further items, and in words how well it does where the partition has other borders than a head can have."""
+    points, labels = points[fitted], labels[fitted]
+    head = replace(blank, temperature=spread_of(points, labels, blank.centroids) / 4 or 1e-6)
+    if part.centroids is not None:
+        return head, ""
+    weights, bias = (part.weights, part.bias) if part.weights is not None else regress(points, labels, part.clusters)
+    head = replace(head, weights=weights, bias=bias)
+    alike = float((head_scores(points, head).argmax(1) == labels).mean())
+    return (
+        head,
+        ""
+        if part.weights is not None
+        else f"; the model's cluster head, which has flat borders, places {alike:.1%} of the training items alike",
+    )
 
 
 def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) -> Clusters:
@@ -64,15 +93,18 @@ def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) 
     with threadpool_limits(1):  # sums over threads come in any order: the same bits on any number of cores
         mean, projection = axes_of(items, vectors, fitted, settings.components, job)
         points, residual = place(vectors, mean, projection, job)
-        k, curve, method = count_clusters(items, points, fitted, settings, job)
-        centroids = _ordered(points, fit_centroids(points[fitted], k, job.rng("fit")), train)
+        found = find_clusters(items, points, fitted, settings, job)
+        part, centroids = _ordered(found.partition, points, fitted, train)
+        labels = part.place(points).astype(np.int32)
         squared = squared_distances(points, centroids)
-        labels = squared.argmin(1).astype(np.int32)
         own = squared[np.arange(len(points)), labels]
         reach = neighbour_distances(points, labels, content, fitted)
+        noise = part.noise(points) if part.noise else np.zeros(len(points), bool)
         subcluster = np.full(len(points), -1, np.int32)
-        for members, numbers in _groups(points, labels, fitted, settings, job):
+        for members, numbers in _groups(points, labels, fitted & ~noise, settings, job):
             subcluster[members] = numbers
+        subcluster[noise] = -1
+        head, said = _head(part, Head(mean=mean, projection=projection, centroids=centroids, temperature=1.0), points, labels, fitted)
         sample = np.sort(job.rng("separation").permutation(np.flatnonzero(fitted))[:SAMPLED])
         separated = separation(points[sample], labels[sample])
     # A floor of a tenth of the spread: when the space holds nearly everything, what is left outside it is rounding noise.
@@ -84,12 +116,12 @@ def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) 
         "subcluster": subcluster,
         "distance": np.sqrt(own),
         "density": (1 / np.maximum(reach, 1e-6)).astype(np.float32),
-        "outlier": outlier_scores(reach, residual, labels, fitted),
+        "outlier": np.maximum(outlier_scores(reach, residual, labels, fitted), np.where(noise, NOISE, 0)).astype(np.float32),
     }
-    head = Head(mean=mean, projection=projection, centroids=centroids, temperature=float(own[fitted].mean()) / 4 or 1e-6)
-    medoids = items.ids()[np.where(fitted[:, None], squared, np.inf).argmin(0)]
-    if len(centroids) < k:
-        method += f"; {len(centroids)} kept, the vectors have no more distinct places"
+    medoids = items.ids()[np.where(fitted[:, None] & (labels[:, None] == np.arange(part.clusters)), squared, np.inf).argmin(0)]
+    method = found.method + said
+    if part.clusters < found.asked:
+        method += f"; {part.clusters} kept, the vectors have no more distinct places"
     job.say(method)
     table = pa.table(columns, schema=CLUSTER_SCHEMA)
-    return Clusters(table=table, head=head, medoids=medoids, curve=tuple(curve), separation=separated, method=method)
+    return Clusters(table=table, head=head, medoids=medoids, curve=tuple(found.curve), separation=separated, method=method)

@@ -104,7 +104,7 @@ def distil(
 
     modules, rate = nn.ModuleDict({"student": student}), LIVE_RATE if norms else FOLDED_RATE
     try:
-        return optimise(modules, rate, steps, stream, loss_of, look, job, label, until_plateau=False)
+        return optimise(modules, rate, steps, stream, loss_of, look, job, label)
     finally:
         student.eval()
         for norm, momentum in zip(norms, momenta):

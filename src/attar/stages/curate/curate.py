@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +18,12 @@ import pyarrow as pa
 from scipy.spatial.distance import cdist
 
 from attar import config
+from attar.formats import read_json, write_json
 from attar.records import SELECTION_SCHEMA, SPLITS, Clusters, Items, Selection, Vectors
 from attar.stages.cluster.space import place, unit
+from attar.stages.curate import quality
 from attar.stages.curate.coreset import core_set, coverage
+from attar.stages.curate.pairs import SAMPLE, make_plan, shadows, slack
 from attar.workspace import Job
 
 BLOCK = 2048  # items compared with as many others at once: two float32 tables of 16 MB
@@ -83,15 +86,23 @@ def resolve(witness: np.ndarray) -> np.ndarray:
 
 
 class _Units(NamedTuple):
-    """Unit vectors on disk in the order they are compared, so that any block is read alone."""
+    """Unit vectors on disk in the order they are compared, so that any block is read alone, and what bounds their cosines (see pairs.py)."""
 
     path: Path
     dim: int
+    width: int  # columns of the bounds; 0 where none would be cheaper than the vectors
     rows: np.ndarray  # (u,) table row of each position
     position: np.ndarray  # (n,) position of each table row, −1 for exact duplicates
 
     def read(self, index: slice | np.ndarray) -> np.ndarray:
-        return np.array(np.memmap(self.path, np.float32, "r").reshape(-1, self.dim)[index])
+        return np.array(np.memmap(self.path / "vectors.f32", np.float32, "r").reshape(-1, self.dim)[index])
+
+    def suspects(self, a: slice | np.ndarray, b: slice, threshold: float) -> np.ndarray:
+        """Which pairs may reach a threshold: (len(a), len(b)) bool, true for all that do."""
+        if not self.width:
+            return self.read(a) @ self.read(b).T >= threshold - ROUNDING - 2 * slack(self.dim)
+        bounds = np.memmap(self.path / "bounds.f32", np.float32, "r").reshape(-1, self.width)
+        return bounds[a] @ bounds[b].T >= threshold - ROUNDING - slack(self.width) - slack(self.dim)
 
 
 def _comparison_order(items: Items, distinct: np.ndarray) -> np.ndarray:
@@ -105,24 +116,37 @@ def _comparison_order(items: Items, distinct: np.ndarray) -> np.ndarray:
     return order[distinct[order]]
 
 
-def _write_units(items: Items, vectors: Vectors, distinct: np.ndarray, job: Job) -> _Units:
+def _write_units(items: Items, vectors: Vectors, distinct: np.ndarray, threshold: float, job: Job) -> _Units:
     rows = _comparison_order(items, distinct)
     position = np.full(len(items), -1)
     position[rows] = np.arange(len(rows))
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        start = 0
-        with (folder / "vectors.f32").open("wb") as stream, job.progress(len(items), "normalising vectors") as bar:
+        sample = unit(vectors.rows(items.ids()[np.sort(rows)[:: max(1, len(rows) // SAMPLE)]])).astype(np.float64)
+        plan = make_plan(sample[np.isfinite(sample).all(1)], threshold)
+        axes, start = None if plan.axes is None else plan.axes[:, : plan.coarse], 0
+        width = 0 if axes is None else axes.shape[1] + 1
+        write_json(folder / "bounds.json", {"width": width})
+        with (
+            (folder / "vectors.f32").open("wb") as stream,
+            (folder / "bounds.f32").open("wb") as bounds,
+            job.progress(len(items), "normalising vectors") as bar,
+        ):
             for ids, values in vectors.batches():
-                for target, row in zip(position[start : start + len(ids)].tolist(), unit(values), strict=True):
-                    if target >= 0:
-                        stream.seek(target * row.nbytes)
-                        stream.write(row.tobytes())
+                target = position[start : start + len(ids)]
+                made = unit(values[target >= 0])
+                shadow = made[:, :0] if axes is None else shadows(made, np.linalg.norm(made.astype(np.float64), axis=1), axes)
+                for place, row, bound in zip(target[target >= 0].tolist(), made, shadow, strict=True):
+                    stream.seek(place * row.nbytes)
+                    stream.write(row.tobytes())
+                    bounds.seek(place * bound.nbytes)
+                    bounds.write(bound.tobytes())
                 start += len(ids)
                 bar.update(len(ids))
 
-    return _Units(job.build("units", write) / "vectors.f32", vectors.dim, rows, position)
+    path = job.build("units", write)
+    return _Units(path, vectors.dim, read_json(path / "bounds.json")["width"], rows, position)
 
 
 def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterator[pa.Table]:
@@ -131,7 +155,8 @@ def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterato
     Exact, over all pairs: an item is compared with every earlier leader of its split, so no two leaders are near duplicates and
     every other item is a near duplicate of its leader (the most similar one); a connected group, as of a panning camera, is not
     collapsed into one. Validation and test items are also compared with every training item, kept or not: what comes before
-    curation (`self` encoders) has seen them all. Two blocks of vectors and one decision per item are all that is held.
+    curation (`self` encoders) has seen them all. Two blocks of bounds, the vectors of those that may be near, and one decision per
+    item are all that is held.
     """
     thumbs = items.table["thumb"]
     split = items.column("split")[units.rows]
@@ -139,33 +164,38 @@ def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterato
     blocks = [slice(i, min(i + BLOCK, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BLOCK)]
     leader = np.arange(len(split))
 
-    def load(index: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        grey = thumbs.take(units.rows[index]).to_pylist()
-        return units.read(index), np.frombuffer(b"".join(grey), np.uint8).reshape(len(grey), -1)
+    def grey(index: np.ndarray) -> np.ndarray:
+        return np.frombuffer(b"".join(thumbs.take(units.rows[index]).to_pylist()), np.uint8).reshape(len(index), -1)
+
+    def near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return near_duplicates(units.read(a), units.read(b), grey(a), grey(b), threshold)
 
     def compare(block: slice, before: list[slice]) -> pa.Table:
-        own = load(block)
-        own_leader, best = np.arange(block.start, block.stop), np.full(block.stop - block.start, -2, np.float32)
-        leak = np.zeros(len(best), bool)
+        own = np.arange(block.start, block.stop)
+        own_leader, best, leak = own.copy(), np.full(len(own), -2, np.float32), np.zeros(len(own), bool)
         for other in before:
             same = split[other.start] == split[block.start]
             index = np.arange(other.start, other.stop)
             index = index[leader[index] == index] if same else index
-            if not len(index):
+            suspects = units.suspects(index, block, threshold)
+            rows, columns = suspects.any(1), np.flatnonzero(suspects.any(0))
+            if not len(columns):
                 continue
-            other_vectors, other_thumbs = load(index)
-            near = near_duplicates(other_vectors, own[0], other_thumbs, own[1], threshold)
+            found = near(index[rows], own[columns])
             if same:
-                better = near.max(0) > best
-                own_leader[better] = index[near.argmax(0)[better]]
-                best = np.maximum(best, near.max(0))
+                better = found.max(0) > best[columns]
+                own_leader[columns[better]] = index[rows][found.argmax(0)[better]]
+                best[columns] = np.maximum(best[columns], found.max(0))
             else:
-                leak |= near.max(0) > -2
-        near = near_duplicates(own[0], own[0], own[1], own[1], threshold)
-        leads = pick_leaders(near, best == -2)
-        near = np.where(np.triu(np.broadcast_to(leads[:, None], near.shape), 1), near, np.float32(-2))
-        better = ~leads & (near.max(0) > best)
-        own_leader[better] = block.start + near.argmax(0)[better]
+                leak[columns] |= found.max(0) > -2
+        suspects = np.triu(units.suspects(block, block, threshold), 1)
+        some = np.flatnonzero(suspects.any(0) | suspects.any(1))
+        if len(some):
+            found = near(own[some], own[some])
+            leads = pick_leaders(found, best[some] == -2)
+            found = np.where(np.triu(np.broadcast_to(leads[:, None], found.shape), 1), found, np.float32(-2))
+            better = ~leads & (found.max(0) > best[some])
+            own_leader[some[better]] = own[some[found.argmax(0)[better]]]
         return pa.table({"leader": own_leader, "leak": leak})
 
     plan = [(block, [b for b in blocks[:number] if split[b.start] in ("train", split[block.start])]) for number, block in enumerate(blocks)]
@@ -216,6 +246,21 @@ def _drop_near(items: Items, units: _Units, settings: config.Curate, decisions: 
     shared = np.zeros(len(items), bool)
     shared[end[leak]] = True
     return shared[end]
+
+
+def _drop_flagged(
+    items: Items, clusters: Clusters, settings: config.Curate, flagged: Mapping[str, np.ndarray], decisions: _Decisions
+) -> None:
+    """Training items with a flag that is to be dropped, with their duplicates; the medoids of clusters stay, as with outliers."""
+    for name in config.FLAGS:
+        if name not in settings.dropped_flags:
+            continue
+        end = resolve(decisions.witness)
+        medoid = end[np.searchsorted(items.ids(), clusters.medoids)]
+        rows = decisions.train & decisions.standing & flagged[name]
+        rows[medoid] = False
+        group = np.isin(end, np.flatnonzero(rows))
+        decisions.drop(group, name, medoid[clusters.column("cluster")[end[group]]])
 
 
 def _drop_outliers(items: Items, clusters: Clusters, settings: config.Curate, decisions: _Decisions, job: Job) -> None:
@@ -283,8 +328,10 @@ def _funnel(decisions: _Decisions, leak: np.ndarray) -> str:
             ("near duplicates", ["near duplicate"]),
             ("outliers", ["outlier"]),
             ("redundant", ["redundant"]),
+            ("flagged", config.FLAGS),
             ("kept", [""]),
         )
+        if word != "flagged" or np.isin(train, reasons).any()
     )
     return f"train {len(train)} → {steps}; validation and test {len(held)}: duplicates {int((held != '').sum())}, leaks {int(leak.sum())}"
 
@@ -293,17 +340,21 @@ def curate(items: Items, vectors: Vectors, clusters: Clusters, settings: config.
     """Decides for every item whether it is kept, and if not why and what stands for it.
 
     In this order: exact duplicates and near duplicates (in every split), outliers, redundant items (in the training split only).
-    Σ weight of a split = its items − those dropped as outliers. similarity is 1 and witness −1 for kept items. leak marks
+    Flagged items (quality.py) are dropped after duplicates, where that is asked for.
+    Σ weight of a split = its items − those dropped as outliers or for a flag. similarity is 1 and witness −1 for kept items. leak marks
     validation and test items with a (near) duplicate in the training split, and those they stand for: keep is not changed by it.
     """
     decisions = _Decisions(items)
     _drop_exact(items, decisions)
-    units = _write_units(items, vectors, decisions.standing, job)
+    units = _write_units(items, vectors, decisions.standing, settings.near_duplicate, job)
     leak = _drop_near(items, units, settings, decisions, job)
+    flagged = quality.of_items(items)
+    _drop_flagged(items, clusters, settings, flagged, decisions)
     _drop_outliers(items, clusters, settings, decisions, job)
     _drop_redundant(vectors, clusters, settings, decisions, job)
     end = resolve(decisions.witness)
-    weight = np.bincount(end[decisions.reason != "outlier"], minlength=len(items)).astype(np.float32)
+    stood_for = ~np.isin(decisions.reason, ["outlier", *config.FLAGS])
+    weight = np.bincount(end[stood_for], minlength=len(items)).astype(np.float32)
     columns = {
         "id": items.ids(),
         "keep": decisions.standing,
@@ -312,7 +363,10 @@ def curate(items: Items, vectors: Vectors, clusters: Clusters, settings: config.
         "similarity": _similarity(vectors, units, end),
         "weight": weight,
         "leak": leak,
+        "flag": quality.words(flagged, len(items)),
     }
+    if counts := [f"{rows.sum()} {name}" for name, rows in flagged.items() if rows.any()]:
+        job.say(f"flagged: {', '.join(counts)}")
     job.say(_funnel(decisions, leak))
     thresholds = {"near_duplicate": settings.near_duplicate, "outlier_cut": settings.outlier_cut, "keep_share": settings.keep_share}
     return Selection(table=pa.table(columns, schema=SELECTION_SCHEMA), thresholds=thresholds | {"outlier_cap": CAP})

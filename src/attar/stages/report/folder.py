@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +11,13 @@ from markupsafe import Markup
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from attar.config import FLAGS
 from attar.records import SPLITS, Clusters, Items, Selection, Vectors
 from attar.stages.augment.controller import is_dial
 from attar.stages.cluster.space import project
 from attar.stages.report import charts, words
 from attar.stages.report.pictures import SMALL, Album, Photo
+from attar.stages.signals import closing
 from attar.workspace import Job
 
 ON_MAP = 1500  # items; more would only overprint each other
@@ -86,8 +89,12 @@ def _plane(values: np.ndarray, seed: int) -> np.ndarray:
         return layout.fit_transform(values)
 
 
-def draw_map(found: Spots, album: Album, sample_of: int) -> dict[str, Any]:
-    titles = [f"{words.middle(album.paths[item], 60)} · cluster {cluster}" for item, cluster in zip(found.ids, found.clusters)]
+def draw_map(found: Spots, album: Album, sample_of: int, names: Mapping[int, str]) -> dict[str, Any]:
+    said = {number: f" ({name})" for number, name in names.items()}
+    titles = [
+        f"{words.middle(album.paths[item], 60)} · cluster {cluster}{said.get(int(cluster), '')}"
+        for item, cluster in zip(found.ids, found.clusters)
+    ]
     photos = [(row, album.photo(found.ids[row], side=SMALL)) for row in found.pictured]
     pictures = [charts.Picture(row, photo.uri, titles[row]) for row, photo in photos if photo.uri]
     svg = charts.cluster_map(found.points, found.clusters, found.ids.tolist(), titles, pictures, TILE, *MAP)
@@ -147,6 +154,28 @@ def leaked(selection: Selection) -> np.ndarray:
     return selection.column("id")[selection.column("leak")]
 
 
+def flagged(selection: Selection) -> np.ndarray:
+    """Rows of the selection with a flag, one of each kind before the second of any."""
+    flag = selection.column("flag")
+    rows = np.flatnonzero(flag != "")
+    _, kind = np.unique(flag[rows].astype(str), return_inverse=True)
+    order = np.argsort(kind, kind="stable")
+    nth = np.empty(len(rows), np.int64)
+    nth[order] = np.arange(len(rows)) - np.searchsorted(kind[order], kind[order])
+    return rows[np.lexsort((kind, nth))][:SHOWN]
+
+
+def faults(selection: Selection, rows: np.ndarray, album: Album) -> list[dict[str, Any]]:
+    ids, flag, keep = selection.column("id"), selection.column("flag"), selection.column("keep")
+    return [{"photo": album.photo(ids[row]), "flag": str(flag[row]), "dropped": not keep[row]} for row in rows]
+
+
+def flag_counts(selection: Selection) -> list[tuple[str, int]]:
+    """How many items have each flag."""
+    told = Counter(name for flag in selection.column("flag") for name in flag.split(", ") if name)
+    return [(name, told[name]) for name in FLAGS if told[name]]
+
+
 def leaks(items: Items, selection: Selection) -> dict[str, int]:
     """Items of each held-out split that have a near duplicate in the training split."""
     split = items.column("split")[leaked(selection)]
@@ -177,7 +206,7 @@ def curves(vectors: Vectors, clusters: Clusters) -> dict[str, Any]:
             points, title="score", across="number of clusters", marked=float(clusters.count), mark=f"{clusters.count} chosen"
         )
     learned = [{name: value for name, value in row.items() if not is_dial(name)} for row in vectors.signals]
-    return {"scores": chart, "training": charts.signals(learned)}
+    return {"scores": chart, "training": charts.signals(learned), "verdict": closing(vectors.signals, vectors.dim) if learned else ""}
 
 
 def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection) -> dict[str, Any]:
@@ -190,6 +219,7 @@ def section(items: Items, vectors: Vectors, clusters: Clusters, selection: Selec
         "quarantine": quarantine(items),
         "notes": notes(items),
         "leaks": leaks(items, selection),
+        "flags": flag_counts(selection),
         "counts": {name: int((reason == name).sum()) for name in WORDS},
         "thresholds": [(words.label(name), words.number(value)) for name, value in thresholds.items()],
         "curves": curves(vectors, clusters),

@@ -75,11 +75,13 @@ def _pictured(
     """Everything that shows photos; each file is opened once."""
     spots = folder.spots(vectors, clusters, job)
     paired, strange, leaked = folder.pairs_to_show(selection), folder.strangest(clusters), folder.leaked(selection)[: folder.SHOWN]
+    faulty = folder.flagged(selection)
     others = [
         *selection.column("id")[paired],
         *selection.column("witness")[paired],
         *clusters.column("id")[strange],
         *leaked,
+        *selection.column("id")[faulty],
     ]
     album = pictures.Album(items)
     with pictures.opened(items, model.preprocess, job.workers) as loader:
@@ -87,10 +89,11 @@ def _pictured(
         album.load(loader, wanted, job)
         views = pictures.augmented(loader, items, clusters, policy, album.missing, job)
     return {
-        "map": folder.draw_map(spots, album, len(items)),
+        "map": folder.draw_map(spots, album, len(items), clusters.names),
         "galleries": pictures.galleries(clusters, selection, album),
         "pairs": folder.pairs(selection, paired, album),
         "outliers": folder.outliers(clusters, selection, strange, album),
+        "faults": folder.faults(selection, faulty, album),
         "leaked": [album.photo(item) for item in leaked],
         "missing": len(album.missing),
         "tiny": bool(np.median(np.maximum(items.column("width"), items.column("height"))) < TINY),

@@ -42,6 +42,7 @@ class Gallery(NamedTuple):
     medoid: Photo
     typical: list[Photo]
     border: list[Photo]
+    name: str = ""
 
 
 class Views(NamedTuple):
@@ -140,6 +141,7 @@ def galleries(clusters: Clusters, selection: Selection, album: Album) -> list[Ga
                 album.photo(clusters.medoids[number], LARGE),
                 [album.photo(item) for item in typical],
                 [album.photo(item) for item in border],
+                clusters.names.get(number, ""),
             )
         )
     return found

@@ -1,0 +1,1 @@
+"""Objects found in images without labels: boxes, masks and kinds."""
