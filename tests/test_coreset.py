@@ -200,7 +200,6 @@ def test_a_number_of_items_is_kept_and_its_cover_is_told(tmp_path: Path, method:
     ("given", "told"),
     [
         ({"keep_items": 0}, "keep_items: 0; expected at least 1"),
-        ({"keep_items": 5, "keep_share": 0.5}, "keep_items, keep_share: 5, 0.5; name one of them"),
         ({"core_method": "best"}, "core_method: 'best'; expected k-centre, density, hierarchical or random"),
     ],
 )

@@ -140,17 +140,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("status", "what is done in a run folder", EXAMPLES["status"]).add_argument("run", metavar="RUN", help="run folder")
     listed = add("clusters", "what is in each cluster: a list, folders of links, a table", EXAMPLES["clusters"])
     listed.add_argument("run", metavar="RUN", help="run folder")
-    listed.add_argument("--links", metavar="FOLDER", help="folder to make, with links to the items, by cluster; an existing one is never touched")
+    listed.add_argument(
+        "--links", metavar="FOLDER", help="folder to make, with links to the items, by cluster; an existing one is never touched"
+    )
     listed.add_argument("--table", metavar="FILE", help="CSV file to write; an existing one is never touched")
     twice = add("duplicates", "the same picture twice in some data: groups, and which one to keep", EXAMPLES["duplicates"])
     twice.add_argument("data", metavar="DATA", help="a folder, glob, list file, archive, Parquet file, or a run folder")
     leaked = add("leaks", "pictures of some data that are in other data as well", EXAMPLES["leaks"])
     leaked.add_argument("data", metavar="DATA", help="the data to judge, such as a test folder; or a run folder")
-    leaked.add_argument("against", metavar="AGAINST", help="the data they may have leaked from, such as the training folder; or a run folder")
+    leaked.add_argument(
+        "against", metavar="AGAINST", help="the data they may have leaked from, such as the training folder; or a run folder"
+    )
     for made in (twice, leaked):
         made.add_argument("--likeness", type=float, default=0.85, help="smallest likeness in detail, 0.5 to 1 (default: 0.85)")
         made.add_argument("--no-mirrored", dest="mirrored", action="store_false", help="mirror images are not the same picture")
-        made.add_argument("--parts", action="store_true", help="a part of a picture, of 0.7 to 0.95 of its sides, is the same picture; slower")
+        made.add_argument(
+            "--parts", action="store_true", help="a part of a picture, of 0.7 to 0.95 of its sides, is the same picture; slower"
+        )
         made.add_argument("--table", metavar="FILE", help="CSV file to write; an existing one is never touched")
         made.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
         made.add_argument("--max-megapixels", type=float, default=100.0, help="larger pictures are left out (default: 100)")

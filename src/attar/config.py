@@ -29,7 +29,6 @@ except ModuleNotFoundError:  # Python 3.10
 from attar.errors import UsageError
 from attar.stages.compress.budget import parse_budget
 
-
 OBJECTIVES = ("nt-xent", "vicreg", "autoencoder", "cluster")
 """What an encoder can learn from; see models.learners."""
 
@@ -217,7 +216,7 @@ class Curate:
     keep_share: float = 1.0
     """Share of the training items, after duplicates and outliers, that the balanced core set keeps."""
     keep_items: int | None = None
-    """Number of training items that the core set keeps, instead of a share; at least one of every cluster is kept."""
+    """Number of training items that the core set keeps, at least one of every cluster; overrides `keep_share`."""
     core_method: str = "hierarchical"
     """How the core set is drawn from each cluster: "k-centre" (greedy cover), "density" (dense places thinned), "hierarchical" (k-means of k-means, evenly) or "random" (in proportion to size, for comparison)."""
     near_duplicate: float = 0.97
@@ -232,8 +231,6 @@ class Curate:
             yield f"keep_share: {self.keep_share}; expected above 0, at most 1"
         if not _between(self.keep_items, 1, 10**9):
             yield f"keep_items: {self.keep_items}; expected at least 1"
-        if self.keep_items is not None and self.keep_share != 1:
-            yield f"keep_items, keep_share: {self.keep_items}, {self.keep_share}; name one of them"
         if self.core_method not in ("k-centre", "density", "hierarchical", "random"):
             yield f"core_method: {self.core_method!r}; expected k-centre, density, hierarchical or random"
         if not (0.5 <= self.near_duplicate <= 1):

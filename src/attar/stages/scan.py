@@ -122,7 +122,10 @@ def checked_before(stamped: Mapping[str, tuple[int, int]], data: config.Data, jo
     if kept is None or kept.schema.names != [*CHECKED_SCHEMA.names, "size", "mtime", "limit", "attar"]:
         return CHECKED_SCHEMA.empty_table()
     rows = zip(*(kept[name].to_pylist() for name in ("path", "size", "mtime", "limit", "attar")))
-    same = [stamped.get(path) == (size, time) and (limit, version) == (data.max_megapixels, __version__) for path, size, time, limit, version in rows]
+    same = [
+        stamped.get(path) == (size, time) and (limit, version) == (data.max_megapixels, __version__)
+        for path, size, time, limit, version in rows
+    ]
     return kept.select(CHECKED_SCHEMA.names).filter(pa.array(same, pa.bool_())).cast(CHECKED_SCHEMA)
 
 

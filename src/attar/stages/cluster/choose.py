@@ -46,14 +46,15 @@ def find_clusters(items: Items, points: np.ndarray, fitted: np.ndarray, settings
     fit = FITS[settings.cluster_method]
     said = "k-means" if settings.cluster_method == "kmeans" else settings.cluster_method
     k, curve, method = count_clusters(items, points, fitted, settings, job, said, fit)
-    return Found(fit(points[fitted], k, job.rng("fit")), k, curve, method)
+    part = kmeans(points[fitted], k, job.rng("fit"), job.engine) if fit is kmeans else fit(points[fitted], k, job.rng("fit"))
+    return Found(part, k, curve, method)
 
 
 def _learned(items: Items, points: np.ndarray, fitted: np.ndarray, settings: config.Cluster, job: Job) -> Found:
     """The learned head; if the method is left to the data, only where near held-out items agree on it more than on k-means."""
     k, curve, method = count_clusters(items, points, fitted, settings, job)
     known = points[fitted]
-    plain = kmeans(known, k, job.rng("fit"))
+    plain = kmeans(known, k, job.rng("fit"), job.engine)
     if settings.cluster_method == "auto" and len(known) < FEWEST:
         return Found(plain, k, curve, method)
     head = learned(known, k, job.rng("learned"))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from sklearn.cluster import DBSCAN, HDBSCAN, AgglomerativeClustering
 from sklearn.neighbors import NearestNeighbors
 
+from attar.scale.local import Engine
 from attar.stages.cluster.kmeans import fit_centroids
 from attar.stages.cluster.space import squared_distances
 
@@ -57,8 +58,8 @@ def anchored(points: Float[np.ndarray, "n p"], labels: Int[np.ndarray, " n"]) ->
     return Partition(place, int(labels.max()) + 1, noise=noise if len(inside) < len(labels) else None)
 
 
-def kmeans(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator) -> Partition:
-    return nearest_of(fit_centroids(points, k, rng))
+def kmeans(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator, engine: Engine | None = None) -> Partition:
+    return nearest_of(fit_centroids(points, k, rng, engine))
 
 
 def spherical(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator) -> Partition:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +22,14 @@ from scipy.spatial.distance import cdist
 from attar import config
 from attar.formats import read_json, write_json
 from attar.records import SELECTION_SCHEMA, SPLITS, Clusters, Items, Selection, Vectors
+from attar.scale.local import Tick
 from attar.stages.cluster.space import place, unit
 from attar.stages.curate import quality
 from attar.stages.curate.coreset import core_set, coverage
 from attar.stages.curate.pairs import SAMPLE, make_plan, shadows, slack
 from attar.workspace import Job
 
+WAVE = 4  # blocks per slot of an engine that are compared at once with those before them
 BLOCK = 2048  # items compared with as many others at once: two float32 tables of 16 MB
 ROUNDING = 1e-6  # of float32 scalar products: equal vectors must reach a threshold of 1
 FLAT = 2.0  # grey levels of standard deviation under which a correlation is one of noise
@@ -97,6 +101,10 @@ class _Units(NamedTuple):
     def read(self, index: slice | np.ndarray) -> np.ndarray:
         return np.array(np.memmap(self.path / "vectors.f32", np.float32, "r").reshape(-1, self.dim)[index])
 
+    def grey(self, index: np.ndarray) -> np.ndarray:
+        """Their thumbnails, (m, 256) uint8."""
+        return np.array(np.memmap(self.path / "thumbs.u8", np.uint8, "r").reshape(-1, 256)[index])
+
     def suspects(self, a: slice | np.ndarray, b: slice, threshold: float) -> np.ndarray:
         """Which pairs may reach a threshold: (len(a), len(b)) bool, true for all that do."""
         if not self.width:
@@ -131,8 +139,11 @@ def _write_units(items: Items, vectors: Vectors, distinct: np.ndarray, threshold
         with (
             (folder / "vectors.f32").open("wb") as stream,
             (folder / "bounds.f32").open("wb") as bounds,
+            (folder / "thumbs.u8").open("wb") as thumbs,
             job.progress(len(items), "normalising vectors") as bar,
         ):
+            for first in range(0, len(rows), BLOCK):
+                thumbs.writelines(items.table["thumb"].take(rows[first : first + BLOCK]).to_pylist())
             for ids, values in vectors.batches():
                 target = position[start : start + len(ids)]
                 made = unit(values[target >= 0])
@@ -149,6 +160,67 @@ def _write_units(items: Items, vectors: Vectors, distinct: np.ndarray, threshold
     return _Units(path, vectors.dim, read_json(path / "bounds.json")["width"], rows, position)
 
 
+@dataclass(frozen=True)
+class _Comparing:
+    """Work of an engine: which earlier leaders the items of a block are near duplicates of."""
+
+    units: _Units
+    split: np.ndarray  # (u,) of each position
+    leader: np.ndarray  # (u,) position that stands for each, as far as that is decided
+    threshold: float
+
+    def open(self, workers: int) -> AbstractContextManager[Callable[[tuple[slice, list[slice]], Tick], pa.Table]]:
+        return nullcontext(self.earlier)
+
+    def _near(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return near_duplicates(self.units.read(a), self.units.read(b), self.units.grey(a), self.units.grey(b), self.threshold)
+
+    def earlier(self, part: tuple[slice, list[slice]], tick: Tick) -> pa.Table:
+        """The nearest leader of each item in the blocks before (its own position where there is none), how near, whether it leaks."""
+        block, before = part
+        own = np.arange(block.start, block.stop)
+        own_leader, best, leak = own.copy(), np.full(len(own), -2, np.float32), np.zeros(len(own), bool)
+        for other in before:
+            same = self.split[other.start] == self.split[block.start]
+            index = np.arange(other.start, other.stop)
+            index = index[self.leader[index] == index] if same else index
+            suspects = self.units.suspects(index, block, self.threshold)
+            rows, columns = suspects.any(1), np.flatnonzero(suspects.any(0))
+            tick(1)
+            if not len(columns):
+                continue
+            found = self._near(index[rows], own[columns])
+            if same:
+                better = found.max(0) > best[columns]
+                own_leader[columns[better]] = index[rows][found.argmax(0)[better]]
+                best[columns] = np.maximum(best[columns], found.max(0))
+            else:
+                leak[columns] |= found.max(0) > -2
+        return pa.table({"leader": own_leader, "best": best, "leak": leak})
+
+    def settled(self, block: slice, missing: list[slice], found: pa.Table, tick: Tick) -> pa.Table:
+        """The leader of each item of a block and whether it leaks, when all blocks before are settled; `missing` were not when it was looked at."""
+        found = _nearer(found, self.earlier((block, missing), tick)) if missing else found
+        own = np.arange(block.start, block.stop)
+        own_leader, best = found["leader"].to_numpy().copy(), found["best"].to_numpy()
+        suspects = np.triu(self.units.suspects(block, block, self.threshold), 1)
+        some = np.flatnonzero(suspects.any(0) | suspects.any(1))
+        if len(some):
+            near = self._near(own[some], own[some])
+            leads = pick_leaders(near, best[some] == -2)
+            near = np.where(np.triu(np.broadcast_to(leads[:, None], near.shape), 1), near, np.float32(-2))
+            better = ~leads & (near.max(0) > best[some])
+            own_leader[some[better]] = own[some[near.argmax(0)[better]]]
+        return pa.table({"leader": own_leader, "leak": found["leak"]})
+
+
+def _nearer(first: pa.Table, second: pa.Table) -> pa.Table:
+    """What two looks of one block at different blocks before it found together; the first where they are equally near."""
+    better = second["best"].to_numpy() > first["best"].to_numpy()
+    columns = {name: np.where(better, second[name].to_numpy(), first[name].to_numpy()) for name in ("leader", "best")}
+    return pa.table(columns | {"leak": first["leak"].to_numpy() | second["leak"].to_numpy()})
+
+
 def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterator[pa.Table]:
     """Per block of positions: the position that stands for each item (its own for leaders), and whether it leaks.
 
@@ -156,55 +228,28 @@ def _compare(items: Items, units: _Units, threshold: float, job: Job) -> Iterato
     every other item is a near duplicate of its leader (the most similar one); a connected group, as of a panning camera, is not
     collapsed into one. Validation and test items are also compared with every training item, kept or not: what comes before
     curation (`self` encoders) has seen them all. Two blocks of bounds, the vectors of those that may be near, and one decision per
-    item are all that is held.
+    item are all that is held. An engine of other machines compares a wave of blocks at once with all that are settled.
     """
-    thumbs = items.table["thumb"]
     split = items.column("split")[units.rows]
     edges = np.r_[np.flatnonzero(np.r_[True, split[1:] != split[:-1]]), len(split)]
     blocks = [slice(i, min(i + BLOCK, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BLOCK)]
-    leader = np.arange(len(split))
-
-    def grey(index: np.ndarray) -> np.ndarray:
-        return np.frombuffer(b"".join(thumbs.take(units.rows[index]).to_pylist()), np.uint8).reshape(len(index), -1)
-
-    def near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return near_duplicates(units.read(a), units.read(b), grey(a), grey(b), threshold)
-
-    def compare(block: slice, before: list[slice]) -> pa.Table:
-        own = np.arange(block.start, block.stop)
-        own_leader, best, leak = own.copy(), np.full(len(own), -2, np.float32), np.zeros(len(own), bool)
-        for other in before:
-            same = split[other.start] == split[block.start]
-            index = np.arange(other.start, other.stop)
-            index = index[leader[index] == index] if same else index
-            suspects = units.suspects(index, block, threshold)
-            rows, columns = suspects.any(1), np.flatnonzero(suspects.any(0))
-            if not len(columns):
-                continue
-            found = near(index[rows], own[columns])
-            if same:
-                better = found.max(0) > best[columns]
-                own_leader[columns[better]] = index[rows][found.argmax(0)[better]]
-                best[columns] = np.maximum(best[columns], found.max(0))
-            else:
-                leak[columns] |= found.max(0) > -2
-        suspects = np.triu(units.suspects(block, block, threshold), 1)
-        some = np.flatnonzero(suspects.any(0) | suspects.any(1))
-        if len(some):
-            found = near(own[some], own[some])
-            leads = pick_leaders(found, best[some] == -2)
-            found = np.where(np.triu(np.broadcast_to(leads[:, None], found.shape), 1), found, np.float32(-2))
-            better = ~leads & (found.max(0) > best[some])
-            own_leader[some[better]] = own[some[found.argmax(0)[better]]]
-        return pa.table({"leader": own_leader, "leak": leak})
-
-    plan = [(block, [b for b in blocks[:number] if split[b.start] in ("train", split[block.start])]) for number, block in enumerate(blocks)]
-    with job.progress(sum(len(before) + 1 for _, before in plan), "near duplicates", "blocks") as bar:
-        for number, (block, before) in enumerate(plan):
-            found = job.shard(number, functools.partial(compare, block, before))
-            leader[block] = found["leader"].to_numpy()
-            bar.update(len(before) + 1)
-            yield found
+    before = [[b for b in blocks[:number] if split[b.start] in ("train", split[block.start])] for number, block in enumerate(blocks)]
+    wave = WAVE * job.engine.slots if job.engine.remote else 1
+    work = _Comparing(units, split, np.arange(len(split)), threshold)
+    with job.progress(sum(len(some) + 1 for some in before), "near duplicates", "blocks") as bar:
+        for first in range(0, len(blocks), wave):
+            numbers = range(first, min(first + wave, len(blocks)))
+            kept = {number: table for number in numbers if (table := job.recall(f"shard-{number:05d}.parquet")) is not None}
+            start = blocks[first].start
+            parts = {number: (blocks[number], [b for b in before[number] if b.start < start]) for number in numbers if number not in kept}
+            looked = dict(job.engine.map(work, parts, bar.update))
+            for number in numbers:
+                if (found := kept.get(number)) is None:
+                    inside = [b for b in before[number] if b.start >= start]
+                    found = job.shard(number, functools.partial(work.settled, blocks[number], inside, looked[number], bar.update))
+                work.leader[blocks[number]] = found["leader"].to_numpy()
+                bar.update(1 + (len(before[number]) if number in kept else 0))
+                yield found
 
 
 class _Decisions:

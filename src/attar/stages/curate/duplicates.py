@@ -28,7 +28,7 @@ from attar.workspace import Job
 KINDS = ("exact", "same", "mirrored", "part", "contains")
 """How one picture is like another, the closest first: equal pixels; the same view; its mirror image; a part of the other, or the reverse."""
 EXACT, SAME, MIRRORED, PART_OF, CONTAINS = range(len(KINDS))
-ALIKE = 0.85  # of likeness(): different pictures of one outline stay below 0.7, planted copies above 0.92
+ALIKE = 0.85  # of likeness(): planted copies stay above 0.92, nearly all other pairs that correlate below 0.7
 CORRELATED = 0.94  # of 16 × 16 thumbnails, what is looked at in detail: a copy darkened by 40 % reaches 0.97
 ROUGHLY = 0.88  # of the coarse patterns of a part and the nearest of WINDOWS: 97 % of parts of 0.7 to 0.95 of the sides
 WHOLLY = 0.98  # scale above which a window is the whole picture
