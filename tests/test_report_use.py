@@ -87,7 +87,8 @@ def test_snippet_prepares_images_as_attar_does(
     pixels = np.random.default_rng(sum(size)).integers(0, 256, (*size, 4)).astype(np.uint8)
     image = Image.fromarray(pixels, "RGBA").convert(mode) if mode != "CMYK" else Image.fromarray(pixels[..., :3]).convert("CMYK")
     given, expected = made_prepare(image, preprocess)
-    np.testing.assert_allclose(given, expected, atol=1e-5)
+    level = 1 / 255 / min(preprocess.std)  # attar scales in a pass of its own, within one level of Pillow
+    np.testing.assert_allclose(given, expected, atol=1.001 * level)
 
 
 @pytest.fixture(scope="module")

@@ -209,6 +209,7 @@ def ray() -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.mark.slow
 def test_shards_resume_alone_on_ray(ray: Engine, job: Make, tmp_path: Path) -> None:
     resumes_alone(ray, job, tmp_path / "log")
 

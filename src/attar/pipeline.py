@@ -169,15 +169,21 @@ def _carry(space: Workspace, clusters: r.Clusters, quiet: bool) -> None:
 
 
 def name_cluster(run: str | Path, number: int, name: str, *, quiet: bool = False) -> dict[int, str]:
-    """Names a cluster of a run folder; a finished export and report are brought up to date. Returns all names by number."""
+    """Names a cluster of a run folder; an export and report that only lack the name are brought up to date. Returns all names by number."""
     known = status(run)  # a folder that is none of attar's is refused here, and not marked as one
     with Workspace(Path(run), SPINE) as space:
         names = set_name(space.root, space.load("scan"), space.load("cluster"), number, name)
         config = _anchored(continue_config(run, {}))
         for row in known["stages"]:
-            if SPINE[row["stage"]].reads and row["state"] == "done":
+            if SPINE[row["stage"]].reads and row["state"] == "done" and _settled(space, row["stage"], config):
                 space.run(row["stage"], config, quiet=quiet)
     return names
+
+
+def _settled(space: Workspace, stage: str, config: Config) -> bool:
+    """Whether all that a stage is made of is as it would be made now."""
+    found = {need: space.manifest(need) for need in SPINE[stage].needs}
+    return all(body and body["key"] == space.key(need, config) and _settled(space, need, config) for need, body in found.items())
 
 
 def list_clusters(run: str | Path, *, links: str | Path | None = None, table: str | Path | None = None) -> list[dict[str, Any]]:
