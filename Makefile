@@ -11,10 +11,10 @@ demo: .venv/.installed  ## real data in, a small model and its report out, in mi
 	$(BIN)/attar run $(DEMO)/digits --out $(DEMO)/run --labels $(DEMO)/labels.csv --self-steps 480 --train-steps 60 --distil-steps 150
 
 test: .venv/.developing  ## the suite, a file at a time on two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.developing  ## the suite and the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: .venv/.developing  ## format, lint, types, generated docs
 	$(BIN)/ruff format --check src tests examples benchmarks docs

@@ -177,7 +177,8 @@ def test_an_allowance_is_never_exceeded_but_by_one_alone() -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(use, range(6)))
     assert all(total <= 1000 or count == 1 for count, total in most)
-    assert max(count for count, _ in most) > 1
+    with allowance.hold(400), allowance.hold(600):
+        pass  # two that fit do not wait for each other
     assert allowance.peak == max(total for _, total in most) > 1000
 
 

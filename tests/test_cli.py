@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, attar_command
+from conftest import Finished, attar_command, contents
 
+import attar
 from attar.cli import STAGES, main
 from attar.config import template
 
@@ -83,6 +85,42 @@ def test_status(cli: Any, photos: Path, finished: Finished) -> None:
     lines = cli("status", "run").out.splitlines()
     assert lines[0] == f"run: a run of {photos}"
     assert [line.split()[:2] for line in lines[1:3]] == [["scan", "done"], ["embed", "not"]]
+
+
+def test_a_run_gets_names_tables_and_links_by_the_command_line(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root)
+    before = contents(finished.data)
+
+    def command(*words: object) -> str:
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    assert json.loads(command("name", root, 1, "blue / discs", "--json")) == {"1": "blue / discs"}
+    assert "blue / discs" in (root / "report.html").read_text()
+    rows = json.loads(command("clusters", root, "--links", tmp_path / "sorted", "--table", tmp_path / "table.csv", "--json"))["clusters"]
+    assert rows[1]["name"] == "blue / discs"
+    clusters, items = attar.cluster(root, quiet=True), attar.scan(root, quiet=True)
+    paths, own = items.column("path"), clusters.column("cluster")
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["path"] for line in lines] == paths.tolist()
+    assert [int(line["cluster"]) for line in lines] == own.tolist()
+    assert {line["name"] for line in lines if line["cluster"] == "1"} == {"blue / discs"}
+    links = sorted((tmp_path / "sorted").glob("*/*"))
+    assert len(links) == len(items)
+    assert all(link.is_symlink() for link in links)
+    inside = [link for link in links if link.parent.name == "1 blue _ discs"]
+    assert {os.readlink(link) for link in inside} == {str(finished.data / path) for path in paths[own == 1]}
+    nearest = clusters.column("distance")[own == 1].argmin()
+    assert os.readlink(inside[0]) == str(finished.data / paths[own == 1][nearest])
+    assert contents(finished.data) == before
+    answers = attar.predict(root, [str(finished.data / path) for path in paths])
+    assert {row["cluster_name"] for row in answers if row["cluster"] == 1} <= {"blue / discs"}
+    assert {row["cluster_name"] for row in answers if row["cluster"] != 1} <= {f"cluster {number}" for number in range(clusters.count)}
+    assert all(row["state"] == "done" for row in attar.status(root)["stages"])
 
 
 def test_a_run_goes_on_from_any_folder(cli: Any, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

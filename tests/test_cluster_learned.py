@@ -50,6 +50,7 @@ def test_neighbour_agreement_is_kappa_of_a_slow_reference(seed: int, k: int) -> 
     assert renumbered == pytest.approx(neighbour_agreement(points, labels), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_head_finds_groups_of_very_different_sizes_that_kmeans_cuts() -> None:
     points, truth = blobs([600, 60, 60, 60], spread=3.2, seed=2)
     plain = [adjusted_rand_score(kmeans(points, 4, np.random.default_rng(seed)).place(points), truth) for seed in range(2)]

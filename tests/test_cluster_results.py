@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Finished, contents
 from test_cluster import make_items, make_vectors, run
 from test_cluster_methods import blobs
 
 import attar
 from attar import formats, records
-from attar.cli import main
 from attar.errors import UsageError, WorkspaceError
 from attar.stages.cluster import listing
 from attar.stages.cluster.naming import carry_names, set_name
@@ -106,42 +101,6 @@ def test_margins_are_those_of_the_head(clustered: tuple) -> None:
         assert paths.index(row["medoid"]) == found.medoids[row["cluster"]]
         inside = np.flatnonzero(own == row["cluster"])
         assert paths.index(row["borders"][0]) == inside[margin[inside].argmin()]
-
-
-def test_a_run_gets_names_tables_and_links_by_the_command_line(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "run"
-    shutil.copytree(finished.root, root)
-    before = contents(finished.data)
-
-    def command(*words: object) -> str:
-        assert main([str(word) for word in words]) == 0
-        return capsys.readouterr().out
-
-    assert json.loads(command("name", root, 1, "blue / discs", "--json")) == {"1": "blue / discs"}
-    assert "blue / discs" in (root / "report.html").read_text()
-    rows = json.loads(command("clusters", root, "--links", tmp_path / "sorted", "--table", tmp_path / "table.csv", "--json"))["clusters"]
-    assert rows[1]["name"] == "blue / discs"
-    clusters, items = attar.cluster(root, quiet=True), attar.scan(root, quiet=True)
-    paths, own = items.column("path"), clusters.column("cluster")
-    with (tmp_path / "table.csv").open(newline="") as stream:
-        lines = list(csv.DictReader(stream))
-    assert [line["path"] for line in lines] == paths.tolist()
-    assert [int(line["cluster"]) for line in lines] == own.tolist()
-    assert {line["name"] for line in lines if line["cluster"] == "1"} == {"blue / discs"}
-    links = sorted((tmp_path / "sorted").glob("*/*"))
-    assert len(links) == len(items)
-    assert all(link.is_symlink() for link in links)
-    inside = [link for link in links if link.parent.name == "1 blue _ discs"]
-    assert {os.readlink(link) for link in inside} == {str(finished.data / path) for path in paths[own == 1]}
-    nearest = clusters.column("distance")[own == 1].argmin()
-    assert os.readlink(inside[0]) == str(finished.data / paths[own == 1][nearest])
-    assert contents(finished.data) == before
-    answers = attar.predict(root, [str(finished.data / path) for path in paths])
-    assert {row["cluster_name"] for row in answers if row["cluster"] == 1} <= {"blue / discs"}
-    assert {row["cluster_name"] for row in answers if row["cluster"] != 1} <= {f"cluster {number}" for number in range(clusters.count)}
-    assert all(row["state"] == "done" for row in attar.status(root)["stages"])
 
 
 def test_what_is_there_already_is_left_alone(clustered: tuple, tmp_path: Path) -> None:

@@ -41,7 +41,14 @@ def test_the_readme_s_map_names_every_file_and_no_other() -> None:
     house = text[text.index("## The house") : text.index("## What it is not")]
     package = ROOT / "src" / "attar"
     here = {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    for folder in ("stages", "stages/cluster", "stages/curate", "stages/augment", "stages/compress", "stages/objects"):  # the others are named as folders
+    for folder in (
+        "stages",
+        "stages/cluster",
+        "stages/curate",
+        "stages/augment",
+        "stages/compress",
+        "stages/objects",
+    ):  # the others are named as folders
         here |= {path.name for path in (package / folder).glob("*.py") if path.name != "__init__.py"}
     here |= {
         f"{path.name}/" for path in (*package.iterdir(), *(package / "stages").iterdir()) if path.is_dir() and path.name != "__pycache__"

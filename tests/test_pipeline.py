@@ -156,6 +156,7 @@ def command_of(finished: Finished, root: Path) -> list[str]:
     return attar_command("run", finished.data, "--out", root, *flags, "--json")
 
 
+@pytest.mark.slow
 def test_a_kill_in_compress_then_the_same_command(finished: Finished, copy: Path) -> None:
     for name in ("compress", "evaluate", "export", "report"):
         (copy / "stages" / f"{name}.json").unlink()

@@ -214,6 +214,7 @@ def test_shards_resume_alone_on_ray(ray: Engine, job: Make, tmp_path: Path) -> N
     resumes_alone(ray, job, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_scan_and_embed_on_ray_give_the_same(ray: Engine, photos: Path, tmp_path: Path, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
@@ -233,6 +234,7 @@ def test_scan_and_embed_on_ray_give_the_same(ray: Engine, photos: Path, tmp_path
         np.testing.assert_allclose(here.values.astype(np.float32), there.values.astype(np.float32), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_kmeans_on_ray_gives_the_same(ray: Engine, tmp_path: Path) -> None:
     points = np.random.default_rng(0).normal(size=(20_000, 6)).astype(np.float16)
     points[:7000] += 4
@@ -248,6 +250,7 @@ def test_kmeans_on_ray_gives_the_same(ray: Engine, tmp_path: Path) -> None:
         assert there.inertia == pytest.approx(here.inertia, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_near_duplicates_on_ray_are_the_same(ray: Engine, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of alike items through all blocks: who leads is decided block after block, though a wave of them is compared at once."""
     monkeypatch.setattr("attar.stages.curate.curate.BLOCK", 16)

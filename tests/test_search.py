@@ -200,6 +200,7 @@ def test_the_loop_stops_at_the_first_that_meets_a_budget_with_agreement(job: Mak
     assert front.met
 
 
+@pytest.mark.slow
 def test_what_is_aimed_at_is_met_and_not_by_far(job: Make) -> None:
     front = hunt(job(), "size<=0.6x, macs<=0.9x, parameters<=0.8x")
     assert front.met
