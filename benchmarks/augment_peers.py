@@ -24,7 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import numpy as np
@@ -337,6 +337,16 @@ OPEN: dict[str, Callable[[int], Side]] = {
 }
 
 
+def converse(answer: Callable[..., Any], replies: TextIO) -> None:
+    """Answers the questions on stdin, a line of JSON each, until there are no more."""
+    for line in sys.stdin:
+        try:
+            reply = {"value": answer(**json.loads(line))}
+        except Exception as error:  # whatever it is, the asking side must hear of it
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
 def serve(name: str, threads: int, cores: int) -> None:
     """Answers requests until there are no more; what the library prints goes to stderr."""
     replies, sys.stdout = sys.stdout, sys.stderr
@@ -370,12 +380,7 @@ def serve(name: str, threads: int, cores: int) -> None:
         np.save(outputs, np.asarray(call(workload)))
         return None
 
-    for line in sys.stdin:
-        try:
-            reply = {"value": answer(**json.loads(line))}
-        except Exception as error:  # whatever it is, the asking side must hear of it
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
+    converse(answer, replies)
 
 
 if __name__ == "__main__":

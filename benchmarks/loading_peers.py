@@ -15,7 +15,6 @@ operations are those of augment_peers.py, where it is said how the libraries dif
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -240,12 +239,7 @@ def serve(name: str, cores: int) -> None:
             assert shapes == {(3, SIDE, SIDE)}, shapes
         return time.perf_counter() - start, processor_seconds() - before
 
-    for line in sys.stdin:
-        try:
-            reply = {"value": answer(**json.loads(line))}
-        except Exception as error:  # whatever it is, the asking side must hear of it
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
+    augment_peers.converse(answer, replies)
 
 
 if __name__ == "__main__":

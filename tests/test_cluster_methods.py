@@ -18,7 +18,7 @@ from attar.models.network import ClusterHead
 from attar.stages.cluster.choose import DENSE, score_density
 from attar.stages.cluster.count import round_groups
 from attar.stages.cluster.head import NEVER, middles, refit_head, regress
-from attar.stages.cluster.methods import FITS, anchored, linear_of, nearest_of, reordered, spherical
+from attar.stages.cluster.methods import NUMBERED, anchored, fit_of, linear_of, nearest_of, reordered, spherical
 from attar.stages.cluster.space import head_probabilities
 
 
@@ -36,20 +36,20 @@ def moons(count: int = 600) -> tuple[np.ndarray, np.ndarray]:
     return np.c_[flat, np.full(count, 3.0)].astype(np.float32), truth
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", NUMBERED)
 def test_every_method_finds_plain_groups_and_places_the_rest(name: str) -> None:
     points, truth = blobs([60, 60, 60, 60])
-    found = FITS[name](points[:160], 4, np.random.default_rng(0))
+    found = fit_of(name)(points[:160], 4, np.random.default_rng(0))
     assert found.clusters == 4
     assert adjusted_rand_score(found.place(points), truth) == 1
-    again = FITS[name](points[:160], 4, np.random.default_rng(0))
+    again = fit_of(name)(points[:160], 4, np.random.default_rng(0))
     assert (found.place(points) == again.place(points)).all()
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", NUMBERED)
 def test_every_method_survives_fewer_places_than_clusters(name: str) -> None:
     points = np.repeat(np.eye(3, dtype=np.float32), 7, 0)
-    labels = FITS[name](points, 5, np.random.default_rng(0)).place(points)
+    labels = fit_of(name)(points, 5, np.random.default_rng(0)).place(points)
     assert adjusted_rand_score(labels, np.repeat(np.arange(3), 7)) == 1 or name in ("ward", "agglomerative")
     assert (labels >= 0).all()
 
@@ -148,7 +148,7 @@ def test_a_nearest_centroid_head_is_a_linear_one_in_other_words() -> None:
 # the stage
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", NUMBERED)
 def test_the_stage_by_every_method_of_a_number(name: str, tmp_path: Path) -> None:
     values, truth = blobs([90, 70, 50, 40])
     found = run(values, tmp_path, cluster_method=name, max_clusters=6)
@@ -229,7 +229,7 @@ def test_large_groups_are_not_split_and_small_ones_not_swallowed(tmp_path: Path)
 
 
 def test_an_unknown_method_is_refused() -> None:
-    assert set(config.METHODS) >= {*FITS, *DENSE}
+    assert set(config.METHODS) >= {*NUMBERED, *DENSE}
     with pytest.raises(UsageError, match=r"cluster_method: 'kmean'; expected one of .*kmeans.*hdbscan"):
         config.build_config({"data": "x", "cluster_method": "kmean"})
 

@@ -30,6 +30,7 @@ from attar.stages.cluster.cluster import cluster
 from attar.stages.cluster.space import unit
 from attar.stages.curate.curate import curate
 from attar.stages.embed import embed
+from attar.stages.encode import as_input
 from attar.workspace import Job
 
 Make = Callable[..., Job]
@@ -295,7 +296,7 @@ def _lessons(images: np.ndarray, made: np.ndarray) -> benefit.Lessons:
     teacher = Network(Encoder(16, 8)).train()
     with torch.no_grad():
         for _ in range(20):
-            teacher(benefit.normalised(_images(64), PLAIN))
+            teacher(as_input(_images(64), PLAIN))
     return benefit.Lessons(teacher.eval(), PLAIN, lambda rows: images[rows], np.full(len(images), 1 / len(images)), made, False)
 
 

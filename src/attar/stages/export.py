@@ -21,7 +21,7 @@ from attar.models import sources
 from attar.models.network import Shipped
 from attar.records import Evidence, Export, Front, Items, Model
 from attar.runtime import DEFAULT, open_session, outputs, where
-from attar.stages.augment.engine import normalise
+from attar.stages.encode import as_input
 from attar.workspace import Job
 
 CHECKED = 128
@@ -61,7 +61,7 @@ def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Jo
     def batches() -> Iterator[torch.Tensor]:
         with Loader(items, preprocess, workers=job.workers) as loader:
             for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 32))):
-                yield normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+                yield as_input(images, preprocess)
 
     return deliver(model, front, evidence, batches(), job, names)
 

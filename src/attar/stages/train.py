@@ -28,6 +28,7 @@ from attar.records import Clusters, Items, Model, Policy, Preprocess, Selection,
 from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import augment, normalise
 from attar.stages.cluster.head import refit_head
+from attar.stages.encode import as_input
 from attar.stages.signals import Curve, Recorder, collapsed, has_collapsed, plateaued, verdict
 from attar.workspace import Job
 
@@ -229,7 +230,7 @@ def _steer(
     turn = int(dials.turn)
     views = _views(images, dials.policy(), clusters, preprocess, job, "live", turn)
     alone = _views(images, dials.alone(), clusters, preprocess, job, "alone", turn)[0]
-    plain = normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+    plain = as_input(images, preprocess)
     first, second, changed, still = (network(view)[0] for view in (*views, alone, plain))
     projected = teacher.project(first), teacher.project(second)
     return dials.act((first, second), projected, (still, changed), temperature, effective_rank(first), clusters)
@@ -283,13 +284,9 @@ def train(
 
 def embeddings_of(network: Network, items: Items, ids: np.ndarray, preprocess: Preprocess, job: Job) -> np.ndarray:
     """Embeddings (n, d) float32 of items as they are."""
-
-    def made(images: np.ndarray) -> np.ndarray:
-        views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return network(normalise(views, preprocess.mean, preprocess.std))[0].numpy()
-
     with Loader(items, preprocess, workers=job.workers) as loader, torch.no_grad():
-        return np.concatenate([made(images) for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128)))])
+        stream = loader.stream(np.array_split(ids, -(-len(ids) // 128)))
+        return np.concatenate([network(as_input(images, preprocess))[0].numpy() for _, images in stream])
 
 
 def retrieval(network: Network, items: Items, preprocess: Preprocess, policy: Policy, job: Job) -> float:

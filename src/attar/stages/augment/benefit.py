@@ -20,11 +20,11 @@ from attar import config
 from attar.models.network import Network, count_macs
 from attar.models.students import Encoder
 from attar.records import Preprocess
-from attar.stages.augment.engine import normalise
 from attar.stages.augment.mix import mix
 from attar.stages.augment.samples import with_samples
 from attar.stages.compress.distil import MIXED_FROM
 from attar.stages.compress.feed import nudged
+from attar.stages.encode import as_input
 from attar.stats import crossed
 from attar.workspace import Job
 
@@ -42,13 +42,8 @@ def encoded(network: Network, images: UInt8[np.ndarray, "n h w 3"], preprocess: 
     """Embeddings of a model's inputs in bytes."""
     network.eval()
     with torch.no_grad():
-        parts = [network(normalised(images[start : start + 64], preprocess))[0].numpy() for start in range(0, len(images), 64)]
+        parts = [network(as_input(images[start : start + 64], preprocess))[0].numpy() for start in range(0, len(images), 64)]
     return np.concatenate(parts)
-
-
-def normalised(images: np.ndarray, preprocess: Preprocess) -> Tensor:
-    """The same, as the model takes them."""
-    return normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
 
 
 class Lessons(NamedTuple):
@@ -94,7 +89,7 @@ def _losses(
         for student, optimiser, arm in zip(students, optimisers, arms):
             for group in optimiser.param_groups:
                 group["lr"] = STUDENT_RATE * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            views = nudged(normalised(arm, lessons.preprocess), lessons.flips, job.rng("check view", seed, step))
+            views = nudged(as_input(arm, lessons.preprocess), lessons.flips, job.rng("check view", seed, step))
             views = mix(views, job.rng("check mix", seed, step)) if mixing else views
             with torch.no_grad():
                 wanted = lessons.teacher(views)[0]

@@ -15,7 +15,7 @@ from attar.records import Items
 from attar.stages.cluster.count import SAMPLED, checked, count_clusters, samples
 from attar.stages.cluster.learned import FEWEST, learned, neighbour_agreement
 from attar.stages.cluster.learned import FITS as FITS_OF_HALVES
-from attar.stages.cluster.methods import FITS, TREE, Partition, anchored, dbscan, hdbscan, kmeans
+from attar.stages.cluster.methods import TREE, Partition, anchored, dbscan, fit_of, hdbscan, kmeans
 from attar.workspace import Job
 
 TRIED = 12
@@ -43,11 +43,10 @@ def find_clusters(items: Items, points: np.ndarray, fitted: np.ndarray, settings
         return _by_density(items, points, fitted, settings, job)
     if settings.cluster_method in ("learned", "auto"):
         return _learned(items, points, fitted, settings, job)
-    fit = FITS[settings.cluster_method]
+    fit = fit_of(settings.cluster_method, job.engine)
     said = "k-means" if settings.cluster_method == "kmeans" else settings.cluster_method
     k, curve, method = count_clusters(items, points, fitted, settings, job, said, fit)
-    part = kmeans(points[fitted], k, job.rng("fit"), job.engine) if fit is kmeans else fit(points[fitted], k, job.rng("fit"))
-    return Found(part, k, curve, method)
+    return Found(fit(points[fitted], k, job.rng("fit")), k, curve, method)
 
 
 def _learned(items: Items, points: np.ndarray, fitted: np.ndarray, settings: config.Cluster, job: Job) -> Found:

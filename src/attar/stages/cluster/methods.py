@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ from sklearn.neighbors import NearestNeighbors
 
 from attar.scale.local import Engine
 from attar.stages.cluster.kmeans import fit_centroids
+from attar.stages.cluster.kmeans import kmeans as lloyd
 from attar.stages.cluster.space import squared_distances
 
 TREE = 5_000
 """Points that methods of quadratic cost look at; all others go where the nearest of these is."""
-NEEDED = 1e-12
 
 
 class Partition(NamedTuple):
@@ -62,20 +63,13 @@ def kmeans(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator, e
     return nearest_of(fit_centroids(points, k, rng, engine))
 
 
-def spherical(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator) -> Partition:
+def spherical(points: Float[np.ndarray, "n p"], k: int, rng: np.random.Generator, engine: Engine | None = None) -> Partition:
     """k-means by direction: of points scaled to length one, placed by the largest cosine (Dhillon & Modha 2001).
 
     Its weights stand for softmax(cosine · 10) of a point of average length.
     """
-    length = np.linalg.norm(points, axis=1, keepdims=True)
-    centroids = fit_centroids(points / np.maximum(length, NEEDED), k, rng)
-    for _ in range(50):
-        directions = centroids / np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), NEEDED)
-        labels = (points @ directions.T).argmax(1)
-        fresh = np.stack([(points / np.maximum(length, NEEDED))[labels == one].sum(0) for one in range(len(directions))])
-        if np.allclose(fresh / np.maximum(np.linalg.norm(fresh, axis=1, keepdims=True), NEEDED), directions, atol=1e-6):
-            break
-        centroids = fresh
+    length = np.linalg.norm(points, axis=1)
+    directions = lloyd(points[length > 0], k, rng, spherical=True, engine=engine).centroids
     return linear_of((directions.T * (10 / float(length.mean() or 1))).astype(np.float32), np.zeros(len(directions), np.float32))
 
 
@@ -119,5 +113,11 @@ def reordered(found: Partition, order: Int[np.ndarray, " j"]) -> Partition:
     return found._replace(place=lambda points: number[found.place(points)], clusters=len(order))
 
 
-FITS: dict[str, Fit] = {"kmeans": kmeans, "spherical": spherical, "ward": ward, "agglomerative": agglomerative}
+NUMBERED = ("kmeans", "spherical", "ward", "agglomerative")
 """Methods that are told the number of clusters."""
+
+
+def fit_of(method: str, engine: Engine | None = None) -> Fit:
+    """The fit of a NUMBERED method; what can be shared out is done on the engine's machines."""
+    shared = {"kmeans": kmeans, "spherical": spherical}
+    return functools.partial(shared[method], engine=engine) if method in shared else {"ward": ward, "agglomerative": agglomerative}[method]

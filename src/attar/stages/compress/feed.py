@@ -12,9 +12,9 @@ from torch import Tensor
 
 from attar.modalities.image import Loader
 from attar.records import Clusters, Items, Policy, Preprocess, Selection
-from attar.stages.augment.engine import normalise
 from attar.stages.augment.policy import MIRROR_LIMIT, mirror_accuracy
 from attar.stages.augment.samples import help_shown, read_samples, with_samples
+from attar.stages.encode import as_input
 from attar.workspace import Job
 
 WATCHED = 256
@@ -85,7 +85,7 @@ class ItemFeed:
         preprocess = self._preprocess
         with Loader(self._items, preprocess, workers=self._job.workers) as loader:
             for _, images in loader.stream(ids[start : start + size] for start in range(0, len(ids), size)):
-                yield normalise(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, preprocess.mean, preprocess.std)
+                yield as_input(images, preprocess)
 
     def example(self, count: int = 1) -> Tensor:
         return torch.zeros(count, 3, *self._preprocess.size)
@@ -103,8 +103,7 @@ class ItemFeed:
             for step, (_, images) in zip(steps, loader.stream(drawn)):
                 if self._samples is not None:
                     images = with_samples(images, self._samples, job.rng("samples", step))
-                views = nudged(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, self._flips, job.rng("view", step))
-                yield step, normalise(views, preprocess.mean, preprocess.std)
+                yield step, nudged(as_input(images, preprocess), self._flips, job.rng("view", step))
 
     def held_out(self) -> Tensor:
         ids = np.sort(self._job.rng("held out").permutation(self._items.ids("validation"))[:WATCHED])

@@ -25,9 +25,9 @@ from attar.errors import DataError
 from attar.modalities.image import Loader
 from attar.models import sources
 from attar.records import OBJECT_SCHEMA, Items, Objects, Preprocess, Vectors
-from attar.stages.augment.engine import normalise
 from attar.stages.cluster.kmeans import fit_centroids
 from attar.stages.cluster.space import principal_axes, squared_distances, unit
+from attar.stages.encode import as_input
 from attar.stages.objects import discovery, masks
 from attar.stages.objects.dense import Sight, sight
 from attar.stages.objects.sheet import drawn, sheet
@@ -123,8 +123,7 @@ class Looker:
             own = ids[(self._inputs[ids] == size).all(1)]
             with Loader(self._items, replace(look.preprocess, size=tuple(size.tolist())), workers=self._workers) as loader:
                 for batch, images in loader.stream(own[start : start + BATCH] for start in range(0, len(own), BATCH)):
-                    views = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-                    features = look.dense(normalise(views, look.preprocess.mean, look.preprocess.std)).float().numpy()
+                    features = look.dense(as_input(images, look.preprocess)).float().numpy()
                     for item, image, places in zip(batch, images, features):
                         height, width = self._masks[item]
                         small = Image.fromarray(image).resize((int(width), int(height)), Image.Resampling.BOX)
