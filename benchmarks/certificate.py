@@ -94,7 +94,7 @@ def judge(level: Level, sample: np.ndarray) -> dict[str, Any]:
     found |= _against("worst_", worst.low, worst.high, float(own[int(named[1])].mean()))
     inside = [row for row in rows if row["n"] >= evaluate.SMALLEST_CLUSTER and len(own[row["cluster"]])]
     found["clusters"] = len(inside)
-    found["clusters_covered"] = sum(row["low"] <= own[row["cluster"]].mean() <= row["high"] for row in inside)
+    found["clusters_covered"] = int(sum(row["low"] <= own[row["cluster"]].mean() <= row["high"] for row in inside))
     if level.labels is not None:
         correct = [(side[rest] == level.labels[rest]).mean() for side in (level.original, level.student)]
         found["accuracy_drop"] = float(correct[0] - correct[1])

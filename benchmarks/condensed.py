@@ -28,7 +28,7 @@ import csv
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +160,23 @@ class Student(nn.Module):
         return self.match(seen), self.top(seen)
 
 
-def learn(data: Answered, share: np.ndarray, steps: int, seed: int) -> tuple[Student, float]:
-    """A student of the items drawn by `share`, and the seconds it took."""
+Lesson = Callable[[np.ndarray, np.random.Generator], tuple[Tensor, tuple[Tensor, Tensor]]]
+"""From rows of the training items to views (n, 3, SIDE, SIDE) of them and the teacher's (embedding, logits)."""
+
+
+def moved(data: Answered) -> Lesson:
+    """Moved and mirrored views, with the teacher's answers to the items as they are."""
+
+    def lesson(rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch = data.rows(rows)
+        return nudged(batch.images, True, rng), (batch.embedding, batch.logits)
+
+    return lesson
+
+
+def learn(data: Answered, share: np.ndarray, steps: int, seed: int, lesson: Lesson | None = None) -> tuple[Student, float]:
+    """A student of the items drawn by `share`, taught by `lesson` (by default `moved`), and the seconds it took."""
+    lesson = lesson or moved(data)
     torch.manual_seed(seed)
     student = Student(data.embedding.shape[1], data.logits.shape[1]).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=1e-4)
@@ -169,8 +184,8 @@ def learn(data: Answered, share: np.ndarray, steps: int, seed: int) -> tuple[Stu
     started = time.perf_counter()
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
-        batch = data.rows(rng.choice(len(share), BATCH, p=share))
-        loss = distillation(student(nudged(batch.images, True, rng)), (batch.embedding, batch.logits))
+        views, answers = lesson(rng.choice(len(share), BATCH, p=share), rng)
+        loss = distillation(student(views), answers)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 5.0)
