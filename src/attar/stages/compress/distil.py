@@ -7,6 +7,7 @@ student. In that lap the student is taught the teacher's maps between blocks as 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ Answer = tuple[Tensor, Tensor | None]
 """Embeddings and, of a classifier, logits."""
 LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
+FULL_RATE_FROM = 400
+"""Steps from which on the rate with batch norms is the full one; below, it falls with their root: a high rate first undoes what the repair gave, and a few steps do not bring it back."""
 MIXED_FROM = 100
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 MIXED_UNTIL = 0.8
@@ -47,6 +50,15 @@ def live_norms(student: nn.Module, size: int) -> list[nn.modules.batchnorm._Batc
     norms = [layer for layer in student.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
     folded = all(float(norm.running_mean.abs().max()) < 1e-6 for norm in norms)  # type: ignore[union-attr]
     return [] if folded or size < LEAST_BATCH else norms
+
+
+def peak_rate(steps: int) -> float:
+    """Peak learning rate with live batch norms.
+
+    >>> peak_rate(100), peak_rate(400), peak_rate(3000)
+    (0.001, 0.002, 0.002)
+    """
+    return LIVE_RATE * min(1.0, math.sqrt(steps / FULL_RATE_FROM))
 
 
 def distil(
@@ -102,7 +114,7 @@ def distil(
             for place, views in feed.training(places, size):
                 yield start + place, np.empty(0), views  # type: ignore[misc]
 
-    modules, rate = nn.ModuleDict({"student": student}), LIVE_RATE if norms else FOLDED_RATE
+    modules, rate = nn.ModuleDict({"student": student}), peak_rate(steps) if norms else FOLDED_RATE
     try:
         return optimise(modules, rate, steps, stream, loss_of, look, job, label)
     finally:
