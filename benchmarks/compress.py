@@ -1,7 +1,7 @@
 """Cut a classifier to a share of its MACs on unlabelled images, in minutes: attar beside Torch-Pruning and distillation, judged by hidden labels.
 
     python benchmarks/compress.py DATA --model FILE.py:BUILDER --weights W.safetensors [--share 0.5] [--minutes 15] [--items 5000]
-        [--latency 0.33] [--seeds 1 2 3 4 5] [--sides attar torch-pruning-magnitude …] [--test 10000] [--repair-only] [--keep FOLDER]
+        [--latency 0.33] [--kept-back 0.15 0.1] [--seeds 1 2 3 4 5] [--sides attar torch-pruning-magnitude …] [--test 10000] [--repair-only] [--keep FOLDER]
         [--out FILE.json]
 
 DATA has train/CLASS/*.jpg and test/CLASS/*.jpg. Each side runs in a process of its own and gets the module, `items` random training images as
@@ -12,7 +12,8 @@ MACs are counted from them, so that every side is judged alike. Three states of 
     repaired   before any gradient step: attar's closed form; for the peers batch-norm statistics taken anew, which their users can add
     trained    what is delivered after the minutes
 
-`--latency` bounds attar's latency as well, as a ratio to the original's; no peer can be asked for that. `--keep` keeps the files (and
+`--latency` bounds attar's latency as well, as a ratio to the original's; no peer can be asked for that. `--kept-back` are the shares of the images that attar keeps back for
+its certificate and for choosing, and so does not learn from; peers learn from all. `--keep` keeps the files (and
 calibration images) for `speed.py`.
 """
 
@@ -56,6 +57,7 @@ class Task:
     minutes: float
     share: float
     latency: float | None
+    kept_back: tuple[float, float]
     threads: int
     repair_only: bool
     folder: Path  # where its files go
@@ -83,6 +85,7 @@ def attar_side(task: Task, module: nn.Module, tensors: torch.Tensor) -> dict[str
     settings: dict[str, Any] = {"distil_steps": 0} if task.repair_only else {"minutes": task.minutes}
     budget = f"macs<={task.share}x" + (f", latency<={task.latency}x" if task.latency else "")
     start = time.perf_counter()
+    settings |= dict(zip(("test_share", "validation_share"), task.kept_back))
     made = attar.compress(module, tensors, budget=budget, seed=task.seed, **settings)  # latency on one thread
     seconds = time.perf_counter() - start
     files = {"trained": workloads.write_onnx(made.module, tensors, task.folder / "trained.onnx")}
@@ -180,6 +183,14 @@ def parse() -> argparse.Namespace:
     arguments.add_argument("--items", type=int, default=5000)
     arguments.add_argument("--share", type=float, default=0.5)
     arguments.add_argument("--latency", type=float, help="bounds attar's latency too, as a ratio to the original's")
+    arguments.add_argument(
+        "--kept-back",
+        type=float,
+        nargs=2,
+        default=(0.15, 0.1),
+        metavar=("TEST", "VALIDATION"),
+        help="shares attar does not learn from; by default its own defaults",
+    )
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     arguments.add_argument(
         "--sides",
@@ -205,7 +216,7 @@ def main() -> None:
         workloads.say(f"original: {judge.accuracy:.2f} % of {len(judge.truth):,} test images, {judge.macs / 1e6:.1f} M MACs")
         shared = {
             name: getattr(given, name)
-            for name in ("model", "weights", "cache", "items", "minutes", "share", "latency", "threads", "repair_only")
+            for name in ("model", "weights", "cache", "items", "minutes", "share", "latency", "kept_back", "threads", "repair_only")
         }
         for seed in given.seeds:
             for side in given.sides:  # sides in turn within a seed, so that a slow hour hits all alike
