@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ LAPS = 3
 """Times each view is shown."""
 KEPT_BYTES = 512 << 20
 """What the teacher's answers may take; about views beyond that it is asked again."""
+SETTLED = 1024
+"""Items from which the statistics of norms are taken before they learn on."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
@@ -50,6 +52,34 @@ def live_norms(student: nn.Module, size: int) -> list[nn.modules.batchnorm._Batc
     norms = [layer for layer in student.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None]
     folded = all(float(norm.running_mean.abs().max()) < 1e-6 for norm in norms)  # type: ignore[union-attr]
     return [] if folded or size < LEAST_BATCH else norms
+
+
+def settle(network: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], batches: Iterable[Tensor]) -> None:
+    """Gives batch norms the statistics that their inputs have in batches of inputs, and weights with which the network computes what it did.
+
+    A cut that was repaired is a function of its old statistics. In training the norms take those of the batch: where these differ, the first
+    step would begin from another function, and the repair would be lost.
+    """
+    seen: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms if norm.affine}
+
+    def note(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        rows = given[0].movedim(1, 0).flatten(1).double()
+        seen[norm].append(torch.stack([rows.mean(1), rows.square().mean(1)]))
+
+    handles = [norm.register_forward_pre_hook(note) for norm in seen]
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+        for handle in handles:
+            handle.remove()
+        for norm, parts in seen.items():
+            mean, square = torch.stack(parts).mean(0)
+            variance = (square - mean.square()).clamp_min(0)
+            was = (norm.running_var.double() + norm.eps).sqrt()
+            norm.bias += norm.weight * (mean - norm.running_mean.double()) / was
+            norm.weight *= (variance + norm.eps).sqrt() / was
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
 
 def peak_rate(steps: int) -> float:
@@ -71,6 +101,7 @@ def distil(
     student.eval()
     size = min(settings.distil_batch, feed.count)
     held, norms = feed.held_out(), live_norms(student, size)
+    settle(student, norms, feed.calibration(SETTLED, size))
     with torch.no_grad():
         target = teacher(held)
     names = comparable(student, teacher, feed.example(2))
