@@ -89,10 +89,29 @@ def test_the_teacher_is_asked_about_every_view_once(room: int, job, monkeypatch:
     assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values()))
 
 
+def test_settled_norms_leave_the_function_and_make_training_mode_agree_with_it() -> None:
+    """Whatever statistics a cut was repaired for, training begins from what it computes."""
+    network, inputs = made("residual"), images(64, seed=3)
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for place, norm in enumerate(norms):  # as after a repair: statistics that are not those of the inputs
+            norm.running_mean += 0.5 + place
+            norm.running_var *= 3.0
+        before = network(inputs)[1]
+        apart = float((network.train()(inputs)[1] - before).abs().max())
+        network.eval()
+        stage.settle(network, norms, inputs.split(32))
+        after = network(inputs)[1]
+        close = float((network.train()(inputs)[1] - after).abs().max())
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    assert close < 0.02 * apart
+
+
 def test_norms_learn_nothing_from_mixtures(job, monkeypatch: pytest.MonkeyPatch) -> None:
     """What every item looks like when mixed is not what the student will see."""
     teacher, kept = made("residual"), {}
     monkeypatch.setattr(stage, "MIXED_FROM", 0)
+    monkeypatch.setattr(stage, "settle", lambda *_: None)
     monkeypatch.setattr(stage, "FULL_RATE_FROM", 40)  # so fast that the student is still getting better in the second half
     monkeypatch.setattr(stage, "mix", lambda views, rng: 0.5 * views + 0.5 * views.flip(0))
     for until in (0.5, 1.0):

@@ -60,9 +60,9 @@ def settle(network: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm],
     A cut that was repaired is a function of its old statistics. In training the norms take those of the batch: where these differ, the first
     step would begin from another function, and the repair would be lost.
     """
-    seen: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms if norm.affine}
+    seen: dict[nn.modules.batchnorm._BatchNorm, list[Tensor]] = {norm: [] for norm in norms if norm.affine}
 
-    def note(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def note(norm: nn.modules.batchnorm._BatchNorm, given: tuple[Tensor, ...]) -> None:
         rows = given[0].movedim(1, 0).flatten(1).double()
         seen[norm].append(torch.stack([rows.mean(1), rows.square().mean(1)]))
 
@@ -73,13 +73,16 @@ def settle(network: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm],
         for handle in handles:
             handle.remove()
         for norm, parts in seen.items():
+            old_mean, old_variance = norm.running_mean, norm.running_var
+            if not parts or old_mean is None or old_variance is None:
+                continue
             mean, square = torch.stack(parts).mean(0)
             variance = (square - mean.square()).clamp_min(0)
-            was = (norm.running_var.double() + norm.eps).sqrt()
-            norm.bias += norm.weight * (mean - norm.running_mean.double()) / was
-            norm.weight *= (variance + norm.eps).sqrt() / was
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+            old = (old_variance.double() + norm.eps).sqrt()
+            norm.bias.add_(norm.weight * (mean - old_mean) / old)
+            norm.weight.mul_((variance + norm.eps).sqrt() / old)
+            old_mean.copy_(mean)
+            old_variance.copy_(variance)
 
 
 def peak_rate(steps: int) -> float:
