@@ -103,6 +103,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[Settings]]] = {
     "reconstruction without the stream": lambda: replacing((reconstruct, "_target", _off_stream)),
     "neither repair nor reconstruction": lambda: replacing(NO_REPAIR, NO_RECONSTRUCTION),
     "nothing but magnitude": lambda: replacing(NO_REPAIR, NO_RECONSTRUCTION, (repair, "eliminate", _by_magnitude)),
+    "norms not settled": lambda: replacing((distil, "settle", lambda *_: None)),
     "norms held": lambda: replacing((distil, "live_norms", lambda *_: [])),
     "no mixing": lambda: replacing((distil, "mix", lambda views, _: views)),
     "no mimicry": lambda: replacing((distil, "comparable", lambda *_: [])),
