@@ -83,7 +83,7 @@ def test_names_tell_shares_apart() -> None:
 # what is delivered
 
 CUT = candidate("cut50-distilled-float32", agreement=0.97, size=0.5)
-SMALL = candidate("cut50-distilled-int8", agreement=0.95, size=0.15, n=400)
+SMALL = candidate("cut50-distilled-int8", agreement=0.94, size=0.15, n=400)
 SLOW = candidate("whole-int8", agreement=0.99, size=0.26, latency=1.5, macs=1.0)
 
 
@@ -113,6 +113,8 @@ def test_what_agreement_cannot_tell_apart_divergence_does_and_then_size() -> Non
     fine = candidate("cut50-distilled-float16", agreement=0.94, divergence=0.101, size=0.3, n=50)
     assert search.choose([untrained, trained, rough], parse_budget("macs<=0.5x"))[0] is trained
     assert search.choose([untrained, trained, rough, fine], parse_budget("macs<=0.5x"))[0] is fine
+    few = [candidate("a", agreement=59 / 60, divergence=0.2, n=60), candidate("b", agreement=58 / 60, divergence=0.1, n=60)]
+    assert search.choose(few, parse_budget("macs<=0.5x"))[0] is few[1]
     sure = [
         candidate("cut50-float32", agreement=0.96, divergence=0.2, n=5000),
         candidate("cut50-distilled-float32", agreement=0.94, n=5000),

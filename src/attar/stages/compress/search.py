@@ -46,6 +46,8 @@ COMPUTE = 1e13
 """Multiply-accumulates of one distillation when no time is given: minutes on a laptop, and the same steps on every machine."""
 LANES = 16
 """Channels that int8 kernels compute at once: where latency is bounded widths are multiples of it, and what is left to save are whole branches."""
+TOLD = 1.96
+"""Standard errors of an agreement within which a higher one is taken to be luck."""
 CLOSEST = 1.1
 """Divergences from the original within this factor of the least are taken to be as good."""
 SPARE = 0.05
@@ -263,11 +265,11 @@ def choose(made: Sequence[Candidate], constraints: Sequence[Constraint]) -> tupl
 
 
 def agreeing_most(fit: Sequence[Candidate]) -> Candidate:
-    """The candidate of the highest agreement. Those within a standard error of it cannot be told apart by agreement; of these the divergence from
-    the original's probabilities, a finer measure of the same, decides: the smallest file of those whose divergence is at most CLOSEST of the least."""
+    """The candidate of the highest agreement. Those within TOLD standard errors of it cannot be told apart by agreement; of these the divergence from the
+    original's probabilities, a finer measure of the same, decides: the smallest file of those whose divergence is at most CLOSEST of the least."""
     top = max(c.figures["agreement"] for c in fit)
     error = max(np.sqrt(c.figures["agreement"] * (1 - c.figures["agreement"]) / c.figures["n"]) for c in fit)
-    alike = [c for c in fit if c.figures["agreement"] >= top - error]
+    alike = [c for c in fit if c.figures["agreement"] >= top - TOLD * error]
     least = min(c.figures["divergence"] for c in alike)
     return min((c for c in alike if c.figures["divergence"] <= CLOSEST * least), key=lambda c: c.figures["size"])
 
