@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import tempfile
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 import workloads
 from compress import Judge
-from environment import environment
+from environment import record
 from torch import nn
 
 from attar.models.network import Network
@@ -183,11 +182,7 @@ def main() -> None:
                 workloads.say(f"{name}, seed {seed}: {states}; {row['seconds']:.0f} s")
     print(f"original {judge.accuracy:.2f} % of {len(judge.truth):,} test images; {given.items} unlabelled images, {given.steps} steps\n")
     print(workloads.table(summary(rows)))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(
-            json.dumps({"environment": environment(), "settings": settings, "original": judge.accuracy, "rows": rows}, indent=1)
-        )
+    record(given, original=judge.accuracy, rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ as many items. `--draws` further samples per case show coverage without the luck
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 import warnings
@@ -28,7 +27,7 @@ import numpy as np
 import populations
 import torch
 import workloads
-from environment import environment
+from environment import record
 from populations import Population
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
@@ -216,10 +215,7 @@ def main() -> None:
     print("\n".join(f"{title}: {text}" for title, text in found.items()))
     print("certified agreement and accuracy lost, Spearman: " + ", ".join(f"{name} {value:.2f}" for name, value in related.items()))
     workloads.say(f"{time.perf_counter() - start:.0f} s")
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        body = {"environment": environment(), "settings": settings, "coverage": found, "spearman": related, "cases": rows}
-        given.out.write_text(json.dumps(body, indent=1))
+    record(given, coverage=found, spearman=related, cases=rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ calibration images) for `speed.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import re
 import shutil
@@ -36,7 +35,7 @@ import numpy as np
 import peers
 import torch
 import workloads
-from environment import environment
+from environment import record
 from torch import nn
 
 STATES = ("cut", "repaired", "trained")
@@ -227,10 +226,7 @@ def main() -> None:
                 workloads.say(f"{side}, seed {seed}: {states}; {row['seconds']:.0f} s; {row['note']}")
     print(f"original {judge.accuracy:.2f} %; {given.items} unlabelled images, {given.minutes:g} min, {given.threads} threads\n")
     print(workloads.table(summary(rows, judge.accuracy)))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        body = {"environment": environment(), "settings": settings, "original": judge.accuracy, "rows": rows}
-        given.out.write_text(json.dumps(body, indent=1))
+    record(given, original=judge.accuracy, rows=rows)
 
 
 if __name__ == "__main__":

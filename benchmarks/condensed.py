@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import workloads
-from environment import environment
+from environment import record
 from PIL import Image, ImageChops, ImageEnhance
 from torch import Tensor, nn
 
@@ -110,8 +109,8 @@ def cifar_files(
     return pairs, {number: list(range(repeat)) for number, repeat in enumerate(repeats.tolist())}
 
 
-def prepare(name: str, given: argparse.Namespace) -> Workload:
-    """The files of a set in the cache, attar's run on them, and what the teacher says."""
+def prepare(name: str, given: argparse.Namespace, until: str = "cluster") -> Workload:
+    """The files of a set in the cache, attar's run on them to the stage `until`, and what the teacher says."""
     rng, home = np.random.default_rng(0), given.cache / f"condensed-{name}-{given.items}-{given.judged}"
     if not home.exists():
         part = home.with_suffix(".part")
@@ -130,7 +129,7 @@ def prepare(name: str, given: argparse.Namespace) -> Workload:
         part.rename(home)
     model = {"model": f"hf:{given.hf}"} if name == "clothing" else {"model": given.model, "weights": str(given.weights)}
     shares = {"test_share": 0.01, "validation_share": 0.01, "workers": given.threads}  # others are judged on: nearly all is to learn from
-    run = attar.run(home / "train", until="cluster", out=str(home / "run"), **model, **shares)
+    run = attar.run(home / "train", until=until, out=str(home / "run"), **model, **shares)
     seen = attar.run(home / "held", until="embed", out=str(home / "seen"), **model, **shares)
     classes = sorted({path.stem.split(" ", 1)[1] for part in ("train", "held") for path in (home / part).iterdir()})
     return Workload(name, run, answered(run, classes), answered(seen, classes), name == "clothing")
@@ -317,9 +316,7 @@ def main() -> None:
     given.cache.mkdir(parents=True, exist_ok=True)
     rows = [row for name in given.sets for row in compare(prepare(name, given), given)]
     print(report(rows))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ both as drawn at random (stats.crossed).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,9 @@ import numpy as np
 import torch
 import workloads
 from condensed import Lesson, Workload, judge, learn, prepare
-from environment import environment
+from environment import record
 from torch import Tensor
 
-import attar
 from attar import config
 from attar.models import sources
 from attar.records import Policy
@@ -45,14 +43,9 @@ from attar.workspace import Job
 
 def policies(work: Workload, given: argparse.Namespace) -> dict[str, Policy | None]:
     """The arms; None stands for `moved`."""
-    home = given.cache / f"condensed-{work.name}-{given.items}-{given.judged}"
-    model = {"model": given.model, "weights": str(given.weights)}
-    run = attar.run(
-        home / "train", until="augment", out=str(home / "run"), test_share=0.01, validation_share=0.01, workers=given.threads, **model
-    )
-    found = run["augment"]
-    job = Job("search", home / "search", seed=0, workers=given.threads)
-    ranked = search(run["scan"], config.Search(search_steps=given.search_steps), job)
+    found = work.run["augment"]
+    job = Job("search", work.run.root.parent / "search", seed=0, workers=given.threads)
+    ranked = search(work.run["scan"], config.Search(search_steps=given.search_steps), job)
     workloads.say(ranked.verdict)
     return {
         "none": POLICIES["none"],
@@ -142,11 +135,9 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     given.cache.mkdir(parents=True, exist_ok=True)
-    rows = compare(prepare("cifar", given), given)
+    rows = compare(prepare("cifar", given, until="augment"), given)
     print(report(rows))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

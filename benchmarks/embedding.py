@@ -16,7 +16,6 @@ else. Wall time with the defaults: about 12 minutes on two cores, the large phot
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import workloads
-from environment import environment
+from environment import record
 from PIL import Image
 from runtimes import Runtime, take_turns
 
@@ -154,9 +153,7 @@ def main() -> None:
             side.close()
         workloads.say(report(rows[-1:]))
     print(report(rows))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What a result was measured on: commit, processor, threads, versions."""
+"""What a result was measured on (commit, processor, threads, versions), and its file."""
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 
 def environment() -> dict[str, object]:
@@ -13,3 +16,10 @@ def environment() -> dict[str, object]:
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy", "scikit-learn", "torch-pruning")}
     return {"commit": commit, "cpu": cpu or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def record(given: argparse.Namespace, **found: Any) -> None:
+    """Writes what was found to `given.out`, where that was asked for, with the environment and the settings."""
+    if given.out:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+        given.out.write_text(json.dumps({"environment": environment(), "settings": settings} | found, indent=1))

@@ -11,7 +11,6 @@ nothing has seen (what as many good samples could bring). Verdicts of one seed a
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import workloads
-from environment import environment
+from environment import record
 
 from attar import config
 from attar.modalities.image import SUFFIXES, Loader, prepare
@@ -127,9 +126,7 @@ def main() -> None:
         for row in rows
     ]
     print(workloads.table(shown))
-    if given.out:
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": plain, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

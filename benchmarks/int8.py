@@ -13,7 +13,6 @@ processor has it. `--peers-python` names a Python that has nncf and openvino; wi
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import integers
 import numpy as np
 import torch
 import workloads
-from environment import environment
+from environment import record
 from runtimes import Runtime, take_turns
 
 from attar.config import ModelChoice
@@ -188,9 +187,7 @@ def main() -> None:
     print(f"{len(pixels) - most:,} judging photos, {given.exact} in integers, {given.rounds} rounds, {given.threads} threads\n")
     print(workloads.table(summary(rows)))
     print("\n".join(["", *closer(rows)]))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

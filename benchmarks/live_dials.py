@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 import workloads
-from environment import environment
+from environment import record
 from PIL import Image
 from policies import Labelled, read
 
@@ -118,9 +117,7 @@ def main() -> None:
         for row in rows
     ]
     print(workloads.table(table))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import workloads
-from environment import environment
+from environment import record
 from PIL import Image
 from scipy.stats import spearmanr
 
@@ -215,9 +214,7 @@ def main() -> None:
     print(
         f"\nmean Spearman of the score {np.mean(scores):.3f}; mean loss of the pick {np.mean([f['loss_points'] for f in results.values()]):.2f} points"
     )
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "results": results}, indent=1))
+    record(given, results=results)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Ratios are to the float32 original in ONNX Runtime at batch 1, paired by round. 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import workloads
 from compress import Judge
-from environment import environment
+from environment import record
 from runtimes import Runtime, take_turns
 
 QUANTISERS = Path(__file__).with_name("quantisers.py")
@@ -126,9 +125,7 @@ def main() -> None:
         f"{len(judge.truth):,} test images, {given.rounds} rounds, {given.threads} threads; faster and smaller than the original in ONNX Runtime\n"
     )
     print(workloads.table(summary(rows)))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

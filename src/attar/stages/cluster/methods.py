@@ -119,5 +119,10 @@ NUMBERED = ("kmeans", "spherical", "ward", "agglomerative")
 
 def fit_of(method: str, engine: Engine | None = None) -> Fit:
     """The fit of a NUMBERED method; what can be shared out is done on the engine's machines."""
-    shared = {"kmeans": kmeans, "spherical": spherical}
-    return functools.partial(shared[method], engine=engine) if method in shared else {"ward": ward, "agglomerative": agglomerative}[method]
+    fits: dict[str, Fit] = {
+        "kmeans": functools.partial(kmeans, engine=engine),
+        "spherical": functools.partial(spherical, engine=engine),
+        "ward": ward,
+        "agglomerative": agglomerative,
+    }
+    return fits[method]

@@ -38,8 +38,6 @@ LAPS = 3
 """Times each view is shown."""
 KEPT_BYTES = 512 << 20
 """What the teacher's answers may take; about views beyond that it is asked again."""
-SETTLED = 1024
-"""Items from which the statistics of norms are taken before they learn on."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
@@ -104,7 +102,8 @@ def distil(
     student.eval()
     size = min(settings.distil_batch, feed.count)
     held, norms = feed.held_out(), live_norms(student, size)
-    settle(student, norms, feed.calibration(SETTLED, size))
+    if norms:
+        settle(student, norms, feed.calibration(settings.calibration_items, size))
     with torch.no_grad():
         target = teacher(held)
     names = comparable(student, teacher, feed.example(2))
