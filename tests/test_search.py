@@ -122,6 +122,20 @@ def test_what_agreement_cannot_tell_apart_divergence_does_and_then_size() -> Non
     assert search.choose(sure, parse_budget("macs<=0.5x"))[0] is sure[0]
 
 
+def test_an_untrained_cut_gives_way_to_what_training_made_of_it() -> None:
+    def made(name: str, *lineage: str, **figures: float) -> Candidate:
+        one = candidate(name, n=60, **figures)  # type: ignore[arg-type]
+        return replace(one, model=replace(NOTHING, lineage=("cut to half", *lineage), macs=5 * 10**7))
+
+    untrained = made("cut50-float32", agreement=0.98, divergence=0.05)
+    trained = made("cut50-distilled-float32", "distilled", agreement=0.95, divergence=0.08)
+    assert search.choose([untrained, trained], parse_budget("macs<=0.5x"))[0] is trained, "60 items do not tell them apart"
+    broken = made("cut50-distilled-float32", "distilled", agreement=0.8, divergence=0.08)
+    assert search.choose([untrained, broken], parse_budget("macs<=0.5x"))[0] is untrained, "these they do"
+    rough = replace(trained, precision="int8")
+    assert search.choose([untrained, rough], parse_budget("macs<=0.5x"))[0] is untrained, "another precision is another matter"
+
+
 def test_the_constraint_that_binds_is_the_one_missed_most() -> None:
     _, met, reason = search.choose([candidate("a", agreement=0.9, size=0.55, n=10**8)], parse_budget("size<=0.5x, agreement>=0.99"))
     assert not met
@@ -196,7 +210,8 @@ def test_a_bound_on_macs_gives_one_cut_at_the_bound_and_its_distillation(bounded
     assert front.student.figures["agreement"] == agrees
 
 
-def test_the_loop_stops_at_the_first_that_meets_a_budget_with_agreement(job: Make) -> None:
+def test_the_loop_stops_at_the_first_that_meets_a_budget_with_agreement(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "SLOWER", math.inf)  # how long a network this small takes is the machine's mood
     front = hunt(job(), "macs<=0.8x, agreement>=0.01")
     assert [one.name for one in front.candidates] == [f"cut80-{one}" for one in PRECISIONS]
     assert front.met

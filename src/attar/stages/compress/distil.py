@@ -29,7 +29,11 @@ Answer = tuple[Tensor, Tensor | None]
 LIVE_RATE, FOLDED_RATE = 2e-3, 3e-4
 """Peak learning rates of AdamW: where batch norms keep the student steady, and where there are none to do so."""
 FULL_RATE_FROM = 400
-"""Steps from which on the rate with batch norms is the full one; below, it falls with their root: a high rate first undoes what the repair gave, and a few steps do not bring it back."""
+"""Steps from which on the rate with batch norms may be the full one; below, it falls with their root: a high rate first undoes what the repair gave, and a few steps do not bring it back."""
+FULL_RATE_AT = 0.2
+"""Share of the teacher's variance that the student misses from which on the rate may be the full one; below, it falls with the share, to LEAST_RATE: what is nearly right is not thrown away."""
+LEAST_RATE = 0.1
+"""Share of the full rate that is left to the shortest training and the best student."""
 MIXED_FROM = 100
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 MIXED_UNTIL = 0.8
@@ -83,13 +87,24 @@ def settle(network: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm],
             old_variance.copy_(variance)
 
 
-def peak_rate(steps: int) -> float:
-    """Peak learning rate with live batch norms.
+def missed(student: Answer, teacher: Answer) -> float:
+    """Share of the variance of the teacher's logits, (n, k), of its embeddings where it has none, that the student does not give: 0 where it gives all.
 
-    >>> peak_rate(100), peak_rate(400), peak_rate(3000)
-    (0.001, 0.002, 0.002)
+    >>> logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> missed((logits, logits), (logits, logits)), missed((logits, torch.full((2, 2), 0.5)), (logits, logits))
+    (0.0, 1.0)
     """
-    return LIVE_RATE * min(1.0, math.sqrt(steps / FULL_RATE_FROM))
+    given, wanted = (student[1], teacher[1]) if student[1] is not None and teacher[1] is not None else (student[0], teacher[0])
+    return float((given - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum().clamp_min(1e-12))
+
+
+def peak_rate(steps: int, share: float) -> float:
+    """Peak learning rate with live batch norms, by the number of steps and the share of the teacher that the student misses before the first.
+
+    >>> peak_rate(400, 0.5), peak_rate(100, 0.5), peak_rate(3000, 0.05), peak_rate(3000, 0.0)
+    (0.002, 0.001, 0.0005, 0.0002)
+    """
+    return LIVE_RATE * max(LEAST_RATE, min(1.0, math.sqrt(steps / FULL_RATE_FROM), share / FULL_RATE_AT))
 
 
 def distil(
@@ -106,6 +121,7 @@ def distil(
         settle(student, norms, feed.calibration(settings.calibration_items, size))
     with torch.no_grad():
         target = teacher(held)
+        rate = peak_rate(steps, missed(student(held), target)) if norms else FOLDED_RATE
     names = comparable(student, teacher, feed.example(2))
     ours, theirs = Taps(student, names), Taps(teacher, names)
     mixing = int(MIXED_UNTIL * steps) if steps * size >= MIXED_FROM * feed.count else 0
@@ -147,9 +163,8 @@ def distil(
             for place, views in feed.training(places, size):
                 yield start + place, np.empty(0), views  # type: ignore[misc]
 
-    modules, rate = nn.ModuleDict({"student": student}), peak_rate(steps) if norms else FOLDED_RATE
     try:
-        return optimise(modules, rate, steps, stream, loss_of, look, job, label)
+        return optimise(nn.ModuleDict({"student": student}), rate, steps, stream, loss_of, look, job, label)
     finally:
         student.eval()
         for norm, momentum in zip(norms, momenta):

@@ -265,13 +265,22 @@ def choose(made: Sequence[Candidate], constraints: Sequence[Constraint]) -> tupl
 
 
 def agreeing_most(fit: Sequence[Candidate]) -> Candidate:
-    """The candidate of the highest agreement. Those within TOLD standard errors of it cannot be told apart by agreement; of these the divergence from the
-    original's probabilities, a finer measure of the same, decides: the smallest file of those whose divergence is at most CLOSEST of the least."""
+    """The candidate of the highest agreement. Those within TOLD standard errors of it cannot be told apart by agreement. Of these an untrained cut
+    gives way to what training made of it: that was judged on the same items, and kept only what was better there. Of the rest the divergence from
+    the original's probabilities decides: the smallest file of those whose divergence is at most CLOSEST of the least."""
     top = max(c.figures["agreement"] for c in fit)
     error = max(np.sqrt(c.figures["agreement"] * (1 - c.figures["agreement"]) / c.figures["n"]) for c in fit)
     alike = [c for c in fit if c.figures["agreement"] >= top - TOLD * error]
+    alike = [c for c in alike if not any(goes_on(other, c) for other in alike)]
     least = min(c.figures["divergence"] for c in alike)
     return min((c for c in alike if c.figures["divergence"] <= CLOSEST * least), key=lambda c: c.figures["size"])
+
+
+def goes_on(later: Candidate, earlier: Candidate) -> bool:
+    """Whether one candidate is another's model after further training, in the same precision."""
+    steps = earlier.model.lineage
+    same = later.precision == earlier.precision and later.model.macs == earlier.model.macs
+    return same and len(later.model.lineage) > len(steps) and later.model.lineage[: len(steps)] == steps
 
 
 def _binding(constraints: Sequence[Constraint], best: Candidate) -> str:
