@@ -16,7 +16,6 @@ without it photos are made. A side that cannot be imported is no win: its lines 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import workloads
 from augment_peers import SIDE, SINGLES
-from environment import environment
+from environment import record
 from PIL import Image, ImageOps
 from runtimes import Runtime, take_turns
 
@@ -269,11 +268,7 @@ def main() -> None:
         enough = len(os.sched_getaffinity(0)) >= 2
         scaled = scaling(files["photos"], given.rounds) if "scaling" in given.parts and enough else []
     print(report(rows, scaled, libraries, missing))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        versions = {library.name: library.about["version"] for library in libraries}
-        found = {"environment": environment() | versions, "settings": settings, "missing": missing, "rows": rows, "scaling": scaled}
-        given.out.write_text(json.dumps(found, indent=1))
+    record(given, versions={library.name: library.about["version"] for library in libraries}, missing=missing, rows=rows, scaling=scaled)
 
 
 if __name__ == "__main__":

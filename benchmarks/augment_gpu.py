@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from environment import environment
+from environment import record
 from torch import Tensor
 
 from attar.records import Dial
@@ -161,18 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for one in rows:
         low, high = one.quartiles
         print(f"{one.name:24s} {one.milliseconds:10.3f} ms ({low:.3f} … {high:.3f})  {100 * one.share_of_bound:6.2f} % of the bound")
-    if options.out:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        settings = {key: str(value) for key, value in vars(options).items()}
-        body = {
-            **environment(),
-            "device": name,
-            "settings": settings,
-            "bytes_per_second": bandwidth,
-            "bound_milliseconds": 1e3 * bound,
-            "rows": [one._asdict() for one in rows],
-        }
-        options.out.write_text(json.dumps(body, indent=1))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found = {"device_name": name, "bytes_per_second": bandwidth, "bound_milliseconds": 1e3 * bound}
+    record(options, **found, rows=[one._asdict() for one in rows])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from environment import environment
+from environment import record
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from workloads import say, shown, table
@@ -111,8 +110,7 @@ def main() -> None:
             row = {"workload": work.name, "method": method, "clusters": k or " ".join(str(run["k"]) for run in runs)}
             rows.append(row | {name: shown([run[name] for run in runs], 3) for name in ("ACC", "NMI", "ARI", "seconds")})
     print(table(rows))
-    if given.out:
-        given.out.write_text(json.dumps({"environment": environment(), "seeds": given.seeds, "results": every}, indent=1) + "\n", "utf-8")
+    record(given, results=every)
 
 
 if __name__ == "__main__":

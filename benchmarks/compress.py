@@ -10,7 +10,9 @@ MACs are counted from them, so that every side is judged alike. Three states of 
 
     cut        as the pruner leaves it (attar does not show this state: its cuts are repaired as they are made)
     repaired   before any gradient step: attar's closed form; for the peers batch-norm statistics taken anew, which their users can add
-    trained    what is delivered after the minutes
+    trained    the module that is delivered after the minutes, in float32
+
+and of attar `delivered`, the file as it is handed over, and `int8`, which may be the same.
 
 `--latency` bounds attar's latency as well, as a ratio to the original's; no peer can be asked for that. `--kept-back` are the shares of the images that attar keeps back for
 its certificate and for choosing, and so does not learn from; peers learn from all. `--keep` keeps the files (and
@@ -80,6 +82,7 @@ def run(task: Task) -> dict[str, Any]:
 
 def attar_side(task: Task, module: nn.Module, tensors: torch.Tensor) -> dict[str, Any]:
     import attar
+    from attar.stages.compress.search import agreeing_most
 
     settings: dict[str, Any] = {"distil_steps": 0} if task.repair_only else {"minutes": task.minutes}
     budget = f"macs<={task.share}x" + (f", latency<={task.latency}x" if task.latency else "")
@@ -89,14 +92,15 @@ def attar_side(task: Task, module: nn.Module, tensors: torch.Tensor) -> dict[str
     seconds = time.perf_counter() - start
     files = {"trained": workloads.write_onnx(made.module, tensors, task.folder / "trained.onnx")}
     within = [one for one in made.front.candidates if one.figures["macs_ratio"] <= task.share]
-    kinds = {"repaired": [one for one in within if re.fullmatch(r"cut[\d.]+-float32", one.name)]}
-    kinds["int8"] = [one for one in within if one.precision == "int8"]
-    for state, found in kinds.items():
-        best = max(
-            found, key=lambda one: (one.figures["agreement"], "distilled" in one.name)
-        )  # as attar itself would choose, without labels
+    kinds = {
+        "repaired": [one for one in within if re.fullmatch(r"cut[\d.]+-float32", one.name)],
+        "int8": [one for one in within if one.precision == "int8"],
+        "delivered": [made.front.student],
+    }
+    chosen = {state: agreeing_most(found) for state, found in kinds.items()}  # as attar itself would choose, without labels
+    for state, one in chosen.items():
         files[state] = task.folder / f"{state}.onnx"
-        shutil.copyfile(best.onnx, files[state])
+        shutil.copyfile(one.onnx, files[state])
     if task.repair_only:
         del files["trained"]
     return {"files": files, "seconds": seconds, "note": made.front.chosen}
@@ -222,7 +226,7 @@ def main() -> None:
                 folder = home / f"{side}-{seed}"
                 row = measure(Task(side=side, seed=seed, train=given.data / "train", folder=folder, **shared), judge)
                 rows.append(row)
-                states = ", ".join(f"{state} {row[state]['accuracy']:.2f}" for state in (*STATES, "int8") if state in row)
+                states = ", ".join(f"{state} {row[state]['accuracy']:.2f}" for state in (*STATES, "int8", "delivered") if state in row)
                 workloads.say(f"{side}, seed {seed}: {states}; {row['seconds']:.0f} s; {row['note']}")
     print(f"original {judge.accuracy:.2f} %; {given.items} unlabelled images, {given.minutes:g} min, {given.threads} threads\n")
     print(workloads.table(summary(rows, judge.accuracy)))

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from environment import environment
+from environment import record
 from PIL import Image
 
 KINDS = ("crop", "re-encoded", "mirrored", "brightness")
@@ -148,9 +148,7 @@ def main() -> None:
                 kinds = " ".join(f"{row[kind]:>11.3f}" for kind in KINDS)
                 print(f"{name:18} {row['seconds']:>8} {row['peak_mb']:>8} {kinds} {row['recall']:>7.3f} {row['precision']:>9.3f}")
             rows.append({"tool": name, **row})
-    if given.out:
-        body = {"environment": environment(), "files": count, "planted": given.planted, "seed": given.seed, "threads": given.threads}
-        given.out.write_text(json.dumps(body | {"rows": rows}, indent=1))
+    record(given, files=count, rows=rows)
 
 
 if __name__ == "__main__":

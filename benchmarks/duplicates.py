@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from environment import environment
+from environment import record
 
 ATTAR = """
 from attar.stages.curate.pairs import similar_pairs
@@ -141,9 +141,7 @@ def main() -> None:
                     f"{'' if side == 'attar' else 'all' if share == 1 else f'{share:.2%}, time scaled'}"
                 )
                 rows.append(row)
-    if given.out:
-        body = {"environment": environment(), "threads": given.threads, "threshold": given.threshold, "dim": given.dim}
-        given.out.write_text(json.dumps(body | {"rows": rows}, indent=1))
+    record(given, rows=rows)
 
 
 if __name__ == "__main__":

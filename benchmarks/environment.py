@@ -19,7 +19,8 @@ def environment() -> dict[str, object]:
 
 
 def record(given: argparse.Namespace, **found: Any) -> None:
-    """Writes what was found to `given.out`, where that was asked for, with the environment and the settings."""
+    """Writes what was found to `given.out`, where that was asked for, with the environment and the settings; of paths only the names, for where they lay is nobody's business."""
     if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings} | found, indent=1))
+        settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"}
+        body = {"environment": environment(), "settings": settings} | found
+        given.out.write_text(json.dumps(body, indent=1, default=str) + "\n", "utf-8")

@@ -7,7 +7,6 @@ the same command. Tables (Parquet, policy) must be equal byte for byte; weights 
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from environment import environment
+from environment import record
 from safetensors.numpy import load_file
 
 TABLES = ("items.parquet", "quarantine.parquet", "clusters.parquet", "selection.parquet", "policy.json")
@@ -80,10 +79,7 @@ def main() -> int:
             print(f"killed at {wait:5.1f} s with {len(done):2} stages done, finished in {again:5.1f} s: ", end="")
             print(f"{'tables equal' if not different else 'DIFFERENT ' + ', '.join(different)}, weights within {largest:.1e}", flush=True)
             shutil.rmtree(out)
-    if given.out:
-        given.out.write_text(
-            json.dumps({"environment": environment(), "uninterrupted_seconds": seconds, "points": rows, "flags": flags}, indent=1)
-        )
+    record(given, uninterrupted_seconds=seconds, points=rows, flags=flags)
     return int(any(row["different"] for row in rows))
 
 

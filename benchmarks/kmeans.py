@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from environment import environment
+from environment import record
 
 SIDES = ("faiss", "attar", "faiss-all", "attar", "attar-full", "attar-mini")
 BLOCK = 4096
@@ -137,9 +137,7 @@ def main() -> None:
                     flush=True,
                 )
     summary = {name: _median([row for row in rows if row["side"] == name]) for name in dict.fromkeys(given.sides)}
-    if given.out:
-        settings = {key: value for key, value in vars(given).items() if key not in ("out", "one")}
-        given.out.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows, "summary": summary}, indent=1))
+    record(given, rows=rows, summary=summary)
 
 
 def _median(rows: list[dict]) -> dict[str, list[float]]:

@@ -16,7 +16,6 @@ alone takes, at the scale that side decodes at. "attar, kept" has what it decode
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 import memory as made
 import numpy as np
 import workloads
-from environment import environment
+from environment import record
 from loading_peers import SIDES
 from PIL import Image
 from runtimes import Runtime, take_turns
@@ -261,18 +260,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         memory = bounded(Path(place)) if "memory" in given.parts else {}
     print(report(rows, scaled, memory, missing))
-    if given.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        versions = {side.name: side.version for side in sides}
-        found = {
-            "environment": environment() | versions,
-            "settings": settings,
-            "missing": missing,
-            "rows": rows,
-            "threads": scaled,
-            "memory": memory,
-        }
-        given.out.write_text(json.dumps(found, indent=1))
+    record(given, versions={side.name: side.version for side in sides}, missing=missing, rows=rows, threads=scaled, memory=memory)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ largest resident set of the process as the operating system counted it. The imag
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from environment import environment
+from environment import record
 from PIL import Image
 
 FLAGS = ["--self-steps", "20", "--train-steps", "5", "--distil-steps", "5"]
@@ -60,8 +59,7 @@ def main() -> None:
             peak, seconds = measure(Path(folder) / "data", Path(folder) / "run", flags or FLAGS)
         rows.append({"items": size, "peak_mb": peak, "seconds": seconds})
         print(f"{size:7,} items: peak {peak:6.0f} MB, {seconds:5.0f} s", flush=True)
-    if given.out:
-        given.out.write_text(json.dumps({"environment": environment(), "flags": flags or FLAGS, "rows": rows}, indent=1))
+    record(given, flags=flags or FLAGS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from environment import environment
+from environment import record
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -116,18 +116,11 @@ def main() -> None:
         )
         minutes = (time.perf_counter() - start) / 60
         found = judge(root / "run", body["y"][chosen].astype(np.int64))
-    result = {
-        "environment": environment(),
-        "settings": {key: str(value) for key, value in vars(given).items()},
-        "minutes": round(minutes, 2),
-        "found": found,
-    }
     for name in ("all", "train", "test"):
         row = found[name]
         print(f"{name:6} ACC {row['acc']:.4f}  NMI {row['nmi']:.4f}  ARI {row['ari']:.4f}  n {row['n']}")
     print(f"10 neighbours of test items vote right: {found['neighbours']:.4f}; {found['clusters']} clusters; {minutes:.1f} minutes")
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    record(given, minutes=round(minutes, 2), found=found)
 
 
 if __name__ == "__main__":

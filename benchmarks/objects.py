@@ -13,7 +13,6 @@ k-means of the places of the same map, words rarer on the border than elsewhere 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from environment import environment
+from environment import record
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label, uniform_filter
 
@@ -236,9 +235,7 @@ def main() -> None:
             given.pictures.mkdir(parents=True, exist_ok=True)
             for name, sheet in sheets.items():
                 (given.pictures / f"{name.replace(', ', '-').replace(' ', '-')}.png").write_bytes(sheet)
-    if given.out:
-        body = {"environment": environment(), "images": len(chosen), "model": given.model, "side": given.side, "rows": rows}
-        given.out.write_text(json.dumps(body, indent=1) + "\n", "utf-8")
+    record(given, images=len(chosen), rows=rows)
 
 
 if __name__ == "__main__":

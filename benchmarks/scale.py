@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from environment import environment
+from environment import record
 from scipy.optimize import nnls
 
 SHARD, GROUPS, COPIES = 4096, 20_000, 0.02
@@ -170,8 +170,7 @@ def main() -> None:
     summary = summarise(rows)
     for line in summary:
         print(*(f"{key} {value if isinstance(value, str) else format(value, ',.4g')}" for key, value in line.items()), sep=", ")
-    if given.out:
-        given.out.write_text(json.dumps({"environment": environment(), "rows": rows, "summary": summary}, indent=1))
+    record(given, rows=rows, summary=summary)
 
 
 if __name__ == "__main__":
