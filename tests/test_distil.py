@@ -36,11 +36,11 @@ def _feed(job: Job) -> TensorFeed:
     return TensorFeed(images(128), split, np.zeros(128, np.int64), job)
 
 
-def _student(teacher: Network) -> Network:
+def _student(teacher: Network, noise: float = 0.1) -> Network:
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         for parameter in student.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * parameter.abs().mean())
+            parameter.add_(noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * parameter.abs().mean())
     return student
 
 
@@ -70,6 +70,18 @@ def test_norms_learn_their_statistics_where_they_have_any_and_batches_are_large_
     before = student.body.bn.running_mean.clone()
     distil(student, teacher, _feed(job("one")), 60, SETTINGS, job("one"), "distilling")
     assert not torch.equal(student.body.bn.running_mean, before)
+
+
+def test_the_rate_falls_with_how_little_of_the_teacher_is_missed(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, rates = made("residual"), []
+    monkeypatch.setattr(stage, "optimise", lambda _, rate, *rest: rates.append(rate) or ())
+    strange = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in strange.parameters():
+            parameter.zero_()
+    for student in (copy.deepcopy(teacher), _student(teacher, 0.01), strange):
+        distil(student, teacher, _feed(job("one")), 400, SETTINGS, job("one"), "distilling")
+    assert rates[0] == stage.LIVE_RATE * stage.LEAST_RATE < rates[1] < rates[2] == stage.LIVE_RATE
 
 
 @pytest.mark.parametrize("room", [1 << 29, 20_000])
