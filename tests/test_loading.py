@@ -84,6 +84,7 @@ def test_the_view_that_shrinks_least_decides() -> None:
 def test_warps_are_followed_to_where_they_shrink_least(seed: int, name: str) -> None:
     plan = augment({name: 1.0, "scale": 0.7}, seed=seed).plan([(SIDE * 5, SIDE * 6)] * 4, step=0)
     found = reductions(plan, 4)
+    assert (found <= plan.steps() + 1).all()
     for view in range(4):
         x, y = plan.coordinates(view)
         for row, column in np.random.default_rng(seed).integers(0, SIDE - 1, (100, 2)):

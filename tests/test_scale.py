@@ -81,8 +81,10 @@ def twice(files: list[Path]) -> list[int]:
     return [value for file in files for value in formats.pq.read_table(file)["twice"].to_pylist()]
 
 
-def resumes_alone(engine: Engine | None, job: Make, log: Path) -> None:
+@pytest.mark.parametrize("name", [None, pytest.param("ray", marks=pytest.mark.slow)])
+def test_shards_resume_alone(name: str | None, job: Make, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Shards that are there are not made again, a damaged one is, and a failure loses none that is finished."""
+    engine, log = request.getfixturevalue(name) if name else None, tmp_path / "log"
     with pytest.raises(DataError, match=r"part \d+ cannot be made"):
         job(engine=engine).shards(Doubling(log, fail_at=16), PARTS, "doubling")
     kept = {path.name for path in job().folder.glob("shard-*.parquet")}
@@ -99,10 +101,6 @@ def resumes_alone(engine: Engine | None, job: Make, log: Path) -> None:
     log.unlink()
     again.shards(Doubling(log), PARTS, "doubling")
     assert not log.exists()
-
-
-def test_shards_resume_alone(job: Make, tmp_path: Path) -> None:
-    resumes_alone(None, job, tmp_path / "log")
 
 
 @pytest.mark.parametrize("name", ["state.json", "state.pt", "state.parquet"])
@@ -207,11 +205,6 @@ def ray() -> Iterator[Engine]:
         assert engine.slots == 2
     yield engine
     engine.close()
-
-
-@pytest.mark.slow
-def test_shards_resume_alone_on_ray(ray: Engine, job: Make, tmp_path: Path) -> None:
-    resumes_alone(ray, job, tmp_path / "log")
 
 
 @pytest.mark.slow
