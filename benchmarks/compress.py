@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -70,6 +72,7 @@ class Task:
 
 def run(task: Task) -> dict[str, Any]:
     """One side, in the process that is its own: files by state, and the wall time its work took (writing files for the judge not counted)."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(task.threads)
     given = workloads.original(task.model, task.weights)
     images = workloads.pictures(task.train, task.cache).images
@@ -78,6 +81,13 @@ def run(task: Task) -> dict[str, Any]:
     task.folder.mkdir(parents=True, exist_ok=True)
     np.save(task.folder / "calibration.npy", tensors[:CALIBRATION].numpy())  # for peers that quantise the files later
     return SIDES[task.side](task, given.module, tensors)
+
+
+def _end_with_parent() -> None:
+    """A side does not compute on for nobody when the benchmark is killed."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def attar_side(task: Task, module: nn.Module, tensors: torch.Tensor) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from attar.models.network import Network
 from attar.stages.augment.mix import mix
 from attar.stages.compress import distil as stage
 from attar.stages.compress.distil import distil, live_norms
-from attar.stages.compress.feed import TensorFeed
+from attar.stages.compress.feed import TensorFeed, erased
 from attar.stages.compress.mimicry import Taps, comparable, feature_distance
 from attar.workspace import Job
 
@@ -42,6 +42,19 @@ def _student(teacher: Network, noise: float = 0.1) -> Network:
         for parameter in student.parameters():
             parameter.add_(noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * parameter.abs().mean())
     return student
+
+
+class Staged(nn.Module):
+    """Three stages of blocks."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, inner, 3, stride, 1), nn.ReLU(), nn.Conv2d(inner, b, 1))  # noqa: E731
+        self.one, self.two = nn.Sequential(block(3, 4, 1), block(4, 4, 1)), nn.Sequential(block(4, 6, 2))
+        self.three = nn.Sequential(block(6, 8, 2), block(8, 8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.three(self.two(self.one(x))).mean((2, 3))
 
 
 @pytest.mark.parametrize("kind", ["residual", "transformer"])
@@ -74,7 +87,7 @@ def test_norms_learn_their_statistics_where_they_have_any_and_batches_are_large_
 
 def test_the_rate_falls_with_how_little_of_the_teacher_is_missed(job, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, rates = made("residual"), []
-    monkeypatch.setattr(stage, "optimise", lambda _, rate, *rest: rates.append(rate) or ())
+    monkeypatch.setattr(stage, "optimise", lambda _, rate, *rest, **more: rates.append(rate) or ())
     strange = copy.deepcopy(teacher)
     with torch.no_grad():
         for parameter in strange.parameters():
@@ -88,6 +101,7 @@ def test_the_rate_falls_with_how_little_of_the_teacher_is_missed(job, monkeypatc
 def test_the_teacher_is_asked_about_every_view_once(room: int, job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no room for all its answers it is asked again, and the student learns the same."""
     teacher, states = made("residual"), []
+    monkeypatch.setattr(stage, "comparable", lambda *_: [])
     for kept in (1 << 29, room):
         monkeypatch.setattr(stage, "KEPT_BYTES", kept)
         student, asked = _student(teacher), []
@@ -96,9 +110,31 @@ def test_the_teacher_is_asked_about_every_view_once(room: int, job, monkeypatch:
         hook.remove()
         states.append((len(asked), student.state_dict()))
     (once, first), (times, second) = states
-    assert once == 2 + 30 / stage.LAPS  # to compare maps, the held-out items, and a lap
+    assert once == 1 + 30 / stage.LAPS  # the held-out items, and a lap
     assert (times > once) == (room < 1 << 29)
     assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values()))
+
+
+def test_the_last_map_is_a_target_to_the_end_where_there_is_room_for_all_of_it(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, compared = Network(Staged(6)), {}
+    for room in (1 << 29, 100_000):
+        monkeypatch.setattr(stage, "KEPT_BYTES", room)
+        seen: list[int] = []
+        monkeypatch.setattr(stage, "feature_distance", lambda a, b, seen=seen: seen.append(len(a)) or feature_distance(a, b))
+        distil(_student(teacher), teacher, _feed(job(str(room))), 30, SETTINGS, job(str(room)), "distilling")
+        compared[room] = seen
+    assert compared[1 << 29] == [3, 1] * 10 + [1] * 20
+    assert compared[100_000] == [3] * 10
+
+
+@pytest.mark.parametrize("steps", [30, 90])
+def test_squares_are_erased_where_items_are_seen_often(steps: int, job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 items in batches of 32: three steps a look."""
+    teacher, called = made("residual"), []
+    monkeypatch.setattr(stage, "ERASED_FROM", 25)
+    monkeypatch.setattr(stage, "erased", lambda views, rng: called.append(0) or erased(views, rng))
+    distil(_student(teacher), teacher, _feed(job("one")), steps, SETTINGS, job("one"), "distilling")
+    assert len(called) == (90 if steps == 90 else 0)
 
 
 def test_settled_norms_leave_the_function_and_make_training_mode_agree_with_it() -> None:
@@ -148,16 +184,6 @@ def test_a_student_that_gives_no_numbers_is_named(job) -> None:
 
 
 def test_maps_are_compared_where_stages_end_and_nowhere_between_architectures() -> None:
-    class Staged(nn.Module):
-        def __init__(self, inner: int) -> None:
-            super().__init__()
-            block = lambda a, b, stride: nn.Sequential(nn.Conv2d(a, inner, 3, stride, 1), nn.ReLU(), nn.Conv2d(inner, b, 1))  # noqa: E731
-            self.one, self.two = nn.Sequential(block(3, 4, 1), block(4, 4, 1)), nn.Sequential(block(4, 6, 2))
-            self.three = nn.Sequential(block(6, 8, 2), block(8, 8, 1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.three(self.two(self.one(x))).mean((2, 3))
-
     wide, narrow = Network(Staged(6)), Network(Staged(2))
     assert comparable(narrow, wide, images(2)) == ["body.one", "body.two", "body.three"]
     assert comparable(made("transformer"), wide, images(2)) == []

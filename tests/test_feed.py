@@ -17,7 +17,7 @@ from torch import Tensor
 from attar.modalities.image import Loader
 from attar.records import CLUSTER_SCHEMA, SELECTION_SCHEMA, Clusters, Dial, Head, Items, Policy, Preprocess, Selection
 from attar.runtime import normalise
-from attar.stages.compress.feed import WATCHED, Feed, ItemFeed, TensorFeed, drawing_share, is_image, may_flip, nudged
+from attar.stages.compress.feed import WATCHED, Feed, ItemFeed, TensorFeed, drawing_share, erased, is_image, may_flip, nudged
 from attar.workspace import Job
 
 PREPROCESS = Preprocess(size=(16, 16), resize_shortest=16)
@@ -162,3 +162,18 @@ def test_a_nudged_image_is_a_window_of_the_reflected_one(flips: bool) -> None:
         mirrored += not straight
     assert (10 <= mirrored <= 30) if flips else mirrored == 0
     assert torch.equal(nudged(plain, flips, np.random.default_rng(0)), views)
+
+
+def test_half_of_the_images_lose_a_square_of_the_right_size_to_the_mean() -> None:
+    views = torch.rand(400, 3, 40, 32, generator=torch.Generator().manual_seed(0)) + 5
+    first, again = (erased(views, np.random.default_rng(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    changed = (first != views).any(1)
+    assert 0.4 < float(changed.flatten(1).any(1).float().mean()) < 0.6
+    assert torch.allclose(first[changed[:, None].expand_as(first)].reshape(3, -1).mean(1), views.mean((0, 2, 3)), atol=1e-2)
+    rows, columns = changed.any(2).sum(1), changed.any(1).sum(1)
+    assert torch.equal(rows, columns), "squares"
+    assert torch.equal(changed.flatten(1).sum(1), rows * columns), "of one piece"
+    sides = rows[rows > 0].float() / 32
+    assert float(sides.min()) >= 0.18
+    assert 0.4 < float(sides.max()) <= 0.47

@@ -253,21 +253,34 @@ def test_a_seed_gives_the_same_front_and_a_finished_candidate_is_not_built_again
         assert a.onnx.read_bytes() == b.onnx.read_bytes()
 
 
-def test_minutes_fix_the_steps_once_from_the_pace(job: Make, tmp_path: Path) -> None:
+def test_minutes_become_seconds_and_steps_once(job: Make, tmp_path: Path) -> None:
     given = job("timed")
     feed, model = made_of(images(60), given)
     settings = config.Compress(minutes=0.4, calibration_items=32, budget="macs<=0.6x", distil_batch=8)
     loop = search.Search(feed, model, settings, given)
     network = sources.network(model)
-    steps = loop._steps(model, network, "cut60", 1)
-    assert steps >= 1
-    assert given.recall("steps-cut60.json") == steps
-    given.remember("steps-cut60.json", 17)
-    assert loop._steps(model, network, "cut60", 1) == 17, "kept, whatever the pace is now"
-    assert loop._steps(model, network, "cut50", 1000) < steps, "the time is shared"
+    steps, clock = loop._steps(model, network, "cut60", 1)
+    assert clock is not None
+    assert clock.total(0) == steps >= 1
+    kept = given.recall("minutes-cut60.json")
+    assert 0 < kept["seconds"] < 60 * 0.4
+    given.remember("minutes-cut60.json", kept | {"steps": 17})
+    assert loop._steps(model, network, "cut60", 1)[0] == 17, "kept, whatever the pace is now"
+    assert loop._steps(model, network, "cut50", 1000)[0] < steps, "the time is shared"
     late = Job("late", tmp_path / "late", quiet=True)
     late.remember("seconds.json", 3600.0)  # an interrupted attempt used more than there was
-    assert search.Search(feed, model, settings, late)._steps(model, network, "cut60", 1) == 1
+    assert search.Search(feed, model, settings, late)._steps(model, network, "cut60", 1)[0] == 1
+
+
+def test_a_training_with_minutes_says_how_many_steps_it_took(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "pace", lambda *_: (1e-5, 1e-5))  # as if it were a thousand times as fast as it is
+    given = job("fooled")
+    front = hunt(given, "macs<=0.6x", distil_steps=None, minutes=0.2)
+    trained = next(one for one in front.candidates if one.name == "cut60-distilled-float32")
+    assert given.recall("minutes-cut60.json")["steps"] > 100_000
+    taken = trained.model.signals[-1]["step"]
+    assert taken < 100_000
+    assert f"{taken:.0f} steps of" in trained.model.lineage[-1]
 
 
 def test_without_minutes_steps_follow_from_sizes_alone(job: Make) -> None:
@@ -275,7 +288,7 @@ def test_without_minutes_steps_follow_from_sizes_alone(job: Make) -> None:
     feed, model = made_of(images(60), given)
     loop = search.Search(feed, model, config.Compress(calibration_items=32), given)
     network = sources.network(model)
-    steps = [loop._steps(replace(model, macs=macs), network, "a", 1) for macs in (10**5, 10**8, 10**12)]
+    steps = [loop._steps(replace(model, macs=macs), network, "a", 1)[0] for macs in (10**5, 10**8, 10**12)]
     assert steps == sorted(steps, reverse=True)
     assert (steps[0], steps[-1]) == (2000, 100)
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +69,7 @@ class Stopped(Exception):
 
 
 def _fit(
-    job: Job, steps: int, stop: int | None = None, poison: int | None = None
+    job: Job, steps: int, stop: int | None = None, poison: int | None = None, **more: Any
 ) -> tuple[dict[str, Tensor], tuple[dict[str, float], ...]]:
     """A regression with the loop; `stop` breaks it off before that step, `poison` makes that step's loss infinite."""
     torch.manual_seed(0)
@@ -91,18 +92,21 @@ def _fit(
         with torch.no_grad():
             return {"validation_loss": float(error(held))}
 
-    curve = train.optimise(modules, 1e-2, steps, stream, loss_of, look, job, "a fit")
+    curve = train.optimise(modules, 1e-2, steps, stream, loss_of, look, job, "a fit", **more)
     return modules.state_dict(), curve
 
 
-@pytest.mark.parametrize("stop", [1, 17, 39])
-def test_a_loop_that_was_interrupted_goes_on_to_the_same_bits(stop: int, job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, curve = _fit(job("whole"), 40)
+@pytest.mark.parametrize("more", [{}, {"averaged": 0.3}, {"recount": lambda step: 35 if step > 20 else 50}])
+@pytest.mark.parametrize("stop", [1, 17, 34])
+def test_a_loop_that_was_interrupted_goes_on_to_the_same_bits(
+    stop: int, more: dict[str, Any], job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, curve = _fit(job("whole"), 40, **more)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
     with pytest.raises(Stopped):
-        _fit(job("broken"), 40, stop=stop)
+        _fit(job("broken"), 40, stop=stop, **more)
     assert job("broken").recall("a-fit.pt")["step"] == stop
-    resumed, again = _fit(job("broken"), 40)
+    resumed, again = _fit(job("broken"), 40, **more)
     assert again == curve
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -122,6 +126,37 @@ def test_a_finished_loop_is_not_taken_again(job: Make) -> None:
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     assert curve[-1]["step"] == 40
     assert curve[-1]["validation_loss"] < curve[0]["validation_loss"]
+
+
+def test_the_number_of_steps_may_change_on_the_way(job: Make) -> None:
+    more, fewer = (_fit(job(str(said)), 40, recount=lambda _, said=said: said)[1] for said in (63, 22))
+    assert more[-1]["step"] == 63
+    assert fewer[-1]["step"] == 22
+
+
+def test_the_mean_of_the_last_weights_is_what_is_left(job: Make) -> None:
+    """Against the definition: the running mean over a share of the steps, of a loss so noisy that no single step is right."""
+    seen: list[Tensor] = []
+    modules = nn.ModuleDict({"net": nn.Linear(1, 1, bias=False)})
+
+    def loss_of(step: int, *_: object) -> Tensor:
+        seen.append(modules["net"].weight.detach().clone())
+        return (modules["net"].weight - 2.0 - float(np.random.default_rng(step).normal())).square().sum()
+
+    def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        return ((step, np.arange(1), np.zeros(1)) for step in wanted)
+
+    def look() -> dict[str, float]:
+        return {"validation_loss": float(modules["net"].weight.square().sum())}
+
+    curve = train.optimise(modules, 0.05, 100, stream, loss_of, look, job(), "a fit", averaged=0.2)
+    expected = seen[1]
+    for step, weight in enumerate(seen[2:], 2):
+        expected = expected + (weight - expected) / min(step, 20)
+    expected = expected + (seen[-1] - expected) / 20
+    close = 0.05 * 0.3 / 20  # the last step, of at most that rate, is not in `seen`
+    assert curve[-1]["validation_loss"] ** 0.5 == pytest.approx(float(expected.abs()), abs=close)
+    assert abs(float(seen[-1] - expected)) > 3 * close, "another thing than the last weights"
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(job: Make) -> None:

@@ -261,7 +261,7 @@ class Compress:
     budget: str = "agreement>=0.95"
     """What the small model must meet, comma-separated: size, latency, macs, parameters (<=, absolute like 3MB or 2ms, or relative like 0.5x) and agreement (>=, with the original)."""
     minutes: float | None = None
-    """Time for the compression loop; the step counts that fit are fixed once, from a measured speed, and kept in the run folder. By default they follow from the model's and the data's size alone."""
+    """Time for the compression loop; the steps that fit follow the measured speed, to the end. By default they follow from the model's and the data's size alone, the same on every machine."""
     student: str | None = None
     """Another architecture to distil the original into, instead of cutting it: "self" (a small encoder), "FILE.py:BUILDER", "hf:FOLDER" (with weights, or a bare config.json for random ones) or "timm:NAME". It sees the same inputs as the original, and gets as many logits. For an original from FILE.onnx, which is never cut, "self" where none is named."""
     distil_steps: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -67,25 +68,32 @@ def optimise(
     job: Job,
     label: str,
     stops: Callable[[Curve], bool] = never,
+    recount: Callable[[int], int] | None = None,
+    averaged: float = 0.0,
 ) -> tuple[dict[str, float], ...]:
     """Takes the steps with AdamW under a cosine rate after a short warm-up, from the last checkpoint if there is one, until `stops` says so.
 
-    `look` measures on held-out items before the first step and forty times on the way; its figures, with step and loss, are the curve that is
-    returned, and are written down as they come. The modules end as they were when the validation loss was least and they had not collapsed,
-    so that training never leaves them worse than it found them. Raises ModelError when the loss is not finite.
+    `look` measures on held-out items before the first step and about forty times on the way; its figures, with step and loss, are the curve that
+    is returned, and are written down as they come. After each look `recount`, where given, says how many steps there are in all. The modules end
+    as they were when the validation loss was least and they had not collapsed, so that training never leaves them worse than it found them. With
+    `averaged`, a share of the steps, the running mean of the weights over that share is looked at last, and the rate falls to that share of its
+    peak alone, so that there is something to average (Polyak and Juditsky 1992). Raises ModelError when the loss is not finite.
     """
     label = label.replace(" ", "-")
     name, optimiser = f"{label}.pt", _optimiser(modules, rate)
     kept: dict[str, Any] = job.recall(name) or {"step": 0, "curve": [{"step": 0} | look()], "best": copy.deepcopy(modules.state_dict())}
+    every, warm = max(5, steps // 40), max(1, min(100, steps // 10))
     if "modules" in kept:
         modules.load_state_dict(kept["modules"])
         optimiser.load_state_dict(kept["optimiser"])
-    start, curve, best, saved = kept["step"], list(kept["curve"]), kept["best"], time.monotonic()
-    every, warm, done = max(5, steps // 40), max(1, min(100, steps // 10)), kept.get("done", False)
+        steps = kept["steps"]
+    mean = kept.get("mean") or ([tensor.clone() for tensor in _floating(modules)] if averaged else [])
+    start, curve, best, saved, done = kept["step"], list(kept["curve"]), kept["best"], time.monotonic(), kept.get("done", False)
     with Recorder(job, label, curve) as record, job.progress(steps, label, "steps", done=start) as bar:
-        for step, ids, images in stream(range(start, steps) if not done else range(0)):
+        for step, ids, images in stream(range(0) if done else range(start, sys.maxsize if recount else steps)):
             for group in optimiser.param_groups:
-                group["lr"] = rate * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = rate * min(1, (step + 1) / warm) * (averaged + (1 - averaged) * cosine)
             loss = loss_of(step, ids, images)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -95,8 +103,15 @@ def optimise(
             if not math.isfinite(value):
                 raise ModelError(f"{label}: the loss is {value} at step {step}; the model or its preprocessing (--mean, --std) is not sane")
             bar.update(1)
-            done = step + 1 == steps
-            if (step + 1) % every == 0 or done:
+            if averaged:
+                torch._foreach_lerp_(mean, _floating(modules), 1 / max(1.0, min(step + 1, averaged * steps)))
+            looks = (step + 1) % every == 0
+            if recount and looks:
+                bar.total = steps = max(step + 1, recount(step + 1))
+            done = step + 1 >= steps
+            if averaged and done:
+                torch._foreach_copy_(_floating(modules), mean)
+            if looks or done:
                 curve.append({"step": step + 1, "loss": round(value, 5)} | look())
                 record(curve[-1])
                 if _is_best(curve):
@@ -106,12 +121,17 @@ def optimise(
                 done = done or stops(curve)
             if done or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict()}
-                job.remember(name, {"step": step + 1, "curve": curve, "best": best, "done": done} | state)
+                job.remember(name, {"step": step + 1, "steps": steps, "curve": curve, "best": best, "mean": mean, "done": done} | state)
                 saved = time.monotonic()
             if done:
                 break
     modules.load_state_dict(best)
     return tuple(curve)
+
+
+def _floating(modules: nn.Module) -> list[Tensor]:
+    """Weights and statistics, without counters; views of them, not copies."""
+    return [tensor for tensor in modules.state_dict().values() if tensor.is_floating_point()]
 
 
 def _is_best(curve: Curve) -> bool:

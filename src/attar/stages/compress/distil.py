@@ -1,7 +1,8 @@
-"""Distillation: a student is trained to give its teacher's outputs on augmented and mixed, unlabelled inputs.
+"""Distillation: a student is trained to give its teacher's outputs on augmented, erased and mixed, unlabelled inputs.
 
 The views come round again: the teacher is asked about each once, in the first lap, and its answers are kept, for it often costs more than the
-student. In that lap the student is taught the teacher's maps between blocks as well; their weight falls to nothing, after which only outputs count.
+student. In that lap the student is taught the teacher's maps between blocks as well; their weight falls to nothing, but for the last map, which is
+part of the answer. What is delivered is the mean of the weights over the last steps.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from attar import config
 from attar.models.network import Network
 from attar.models.objectives import distillation
 from attar.stages.augment.mix import mix
-from attar.stages.compress.feed import Feed
+from attar.stages.compress.clock import Clock
+from attar.stages.compress.feed import Feed, erased, is_image
 from attar.stages.compress.mimicry import Taps, comparable, feature_distance
 from attar.stages.train import optimise
 from attar.workspace import Job
@@ -38,12 +41,24 @@ MIXED_FROM = 100
 """Times every item is seen from which on mixtures are asked about as well: a few items want variety, of many there is enough."""
 MIXED_UNTIL = 0.8
 """Share of the steps after which there are no mixtures any more: the student ends on items as they are."""
+ERASED_FROM = 20
+"""Times every item is seen from which on a square of half of the images is erased: more variety than moving and mirroring can give."""
 LAPS = 3
 """Times each view is shown."""
-KEPT_BYTES = 512 << 20
-"""What the teacher's answers may take; about views beyond that it is asked again."""
+AVERAGED = 0.1
+"""Share of the steps that the mean of the weights goes back."""
+KEPT_BYTES = 1 << 30
+"""What the teacher's answers may take; about views beyond that it is asked again. The last maps are kept where there is room for all of them."""
 LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
+
+
+class Kept(NamedTuple):
+    """What the teacher said of a batch of views."""
+
+    answer: Answer
+    last: Tensor | None
+    """Its last comparable map, in bfloat16, which holds numbers of any size."""
 
 
 def live_norms(student: nn.Module, size: int) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -108,48 +123,64 @@ def peak_rate(steps: int, share: float) -> float:
 
 
 def distil(
-    student: Network, teacher: Network, feed: Feed, steps: int, settings: config.Compress, job: Job, label: str
+    student: Network,
+    teacher: Network,
+    feed: Feed,
+    steps: int,
+    settings: config.Compress,
+    job: Job,
+    label: str,
+    clock: Clock | None = None,
 ) -> tuple[dict[str, float], ...]:
     """Trains a student in place to give its teacher's outputs on training inputs, augmented by the feed and mixed here.
 
-    Everything but the batch norms stays in evaluation mode (no dropout). Returns the curve: step, loss, validation loss.
+    Everything but the batch norms stays in evaluation mode (no dropout). `clock`, where given, says at every look how many steps there are
+    in all, from `steps` on. Returns the curve: step, loss, validation loss.
     """
     student.eval()
     size = min(settings.distil_batch, feed.count)
     held, norms = feed.held_out(), live_norms(student, size)
     if norms:
         settle(student, norms, feed.calibration(settings.calibration_items, size))
+    names = comparable(student, teacher, feed.example(2))
+    ours, theirs = Taps(student, names), Taps(teacher, names)
     with torch.no_grad():
         target = teacher(held)
         rate = peak_rate(steps, missed(student(held), target)) if norms else FOLDED_RATE
-    names = comparable(student, teacher, feed.example(2))
-    ours, theirs = Taps(student, names), Taps(teacher, names)
-    mixing = int(MIXED_UNTIL * steps) if steps * size >= MIXED_FROM * feed.count else 0
+    looks = steps * size / feed.count
+    mixing, erasing = MIXED_UNTIL if looks >= MIXED_FROM else 0.0, looks >= ERASED_FROM and is_image(held)
     momenta = [norm.momentum for norm in norms]
-    lap = max(1, -(-steps // LAPS))
-    known: dict[tuple[int, bool], Answer] = {}
-    room = KEPT_BYTES // max(1, sum(part[:1].nbytes for part in target if part is not None) * size)
+    lap = first_lap(steps)
+    known: dict[tuple[int, bool], Kept] = {}
+    answers = size * sum(part[:1].nbytes for part in target if part is not None)
+    last = size * sum(2 * theirs.maps[name][:1].numel() for name in names[-1:])
+    lasting = bool(names) and lap * (answers + last) <= KEPT_BYTES
+    room = KEPT_BYTES // max(1, answers + last * lasting)
 
-    def answer(place: int, mixed: bool, views: Tensor) -> Answer:
+    def ask(place: int, mixed: bool, views: Tensor) -> Kept:
         if (found := known.get((place, mixed))) is None:
             with torch.no_grad():
-                found = teacher(views)
+                answer = teacher(views)
+            found = Kept(answer, theirs.maps[names[-1]].bfloat16() if lasting else None)
             if len(known) < room:
                 known[place, mixed] = found
         return found
 
     def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
         assert isinstance(views, Tensor)
-        place, mixed = step % lap, step < mixing
-        asked = mix(views, job.rng("mix", place)) if mixed else views
+        place, mixed = step % lap, step < mixing * (clock.total(step) if clock else steps)
+        plain = erased(views, job.rng("erase", place)) if erasing else views
+        asked = mix(plain, job.rng("mix", place)) if mixed else plain
         for norm, momentum in zip(norms, momenta):
             norm.train()
-            norm.momentum = momentum if asked is views else 0.0  # what is normal is learned from items, not from mixtures
-        wanted = answer(place, mixed, asked)
-        loss = distillation(student(asked), wanted)
+            norm.momentum = momentum if asked is plain else 0.0  # what is normal is learned from items, not from mixtures
+        wanted = ask(place, mixed, asked)
+        loss = distillation(student(asked), wanted.answer)
         if names and step < lap:
             maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
             loss = loss + (1 - step / lap) * feature_distance(*maps)
+        if wanted.last is not None:
+            loss = loss + feature_distance([ours.maps[names[-1]]], [wanted.last.float()])
         return loss
 
     def look() -> dict[str, float]:
@@ -164,7 +195,9 @@ def distil(
                 yield start + place, np.empty(0), views  # type: ignore[misc]
 
     try:
-        return optimise(nn.ModuleDict({"student": student}), rate, steps, stream, loss_of, look, job, label)
+        return optimise(
+            nn.ModuleDict({"student": student}), rate, steps, stream, loss_of, look, job, label, recount=clock, averaged=AVERAGED
+        )
     finally:
         student.eval()
         for norm, momentum in zip(norms, momenta):
@@ -173,8 +206,14 @@ def distil(
         theirs.close()
 
 
-def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compress) -> float:
-    """Seconds of one distillation step, the teacher asked in one of LAPS, each part the best of eight on a copy; reading the inputs is part of it."""
+def first_lap(steps: int) -> int:
+    """Steps in which views are shown for the first time."""
+    return max(1, -(-steps // LAPS))
+
+
+def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compress) -> tuple[float, float]:
+    """Seconds of one distillation step in the first lap and of one after it, when the teacher is not asked any more: each part the best of eight
+    on a copy; reading the inputs is part of both."""
     size = min(settings.distil_batch, feed.count)
     trial, parts, start = copy.deepcopy(student), [], time.perf_counter()
     for norm in live_norms(trial, size):
@@ -189,4 +228,4 @@ def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compre
         parts.append((end - asked + read - start, asked - read))
         start = end
     learning, asking = (min(part) for part in zip(*parts))
-    return learning + asking / LAPS
+    return learning + asking, learning

@@ -23,6 +23,8 @@ JUDGED = 32
 """Validation inputs of a batch."""
 NUDGE = 0.125
 """How far training views are moved, as a share of the side."""
+ERASED = (0.2, 0.45)
+"""Side of the square that is erased, as a share of the shorter side of the view."""
 
 
 class Feed(Protocol):
@@ -185,3 +187,16 @@ def nudged(images: Tensor, flips: bool, rng: np.random.Generator) -> Tensor:
     mirrored = torch.from_numpy(rng.random(count) < 0.5) & flips
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)[:, None, None, :]
     return padded[torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns]
+
+
+def erased(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Views (n, c, h, w) of which half have a square filled with the mean of all, by channel (cutout, DeVries and Taylor 2017)."""
+    count, _, height, width = images.shape
+    side = np.rint(min(height, width) * rng.uniform(*ERASED, count)).astype(int) * (rng.random(count) < 0.5)
+    inside = []
+    for length in (height, width):
+        start = rng.integers(0, length - side + 1)
+        place = np.arange(length)
+        inside.append(torch.from_numpy((place >= start[:, None]) & (place < (start + side)[:, None])))
+    square = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return torch.where(square, images.mean((0, 2, 3), keepdim=True), images)

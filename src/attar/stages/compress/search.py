@@ -26,8 +26,9 @@ from attar.runtime import DEFAULT
 from attar.stages.compress import student as students
 from attar.stages.compress.bench import PRECISIONS, Bench, ratios
 from attar.stages.compress.budget import Constraint, excess, parse_budget
+from attar.stages.compress.clock import Clock
 from attar.stages.compress.cutter import Cutter
-from attar.stages.compress.distil import distil, pace
+from attar.stages.compress.distil import LAPS, distil, first_lap, pace
 from attar.stages.compress.feed import Feed
 from attar.stages.compress.timing import layer_times
 from attar.workspace import Job
@@ -201,29 +202,32 @@ class Search:
     def _trained(self, model: Model, network: Network, learner: Network, name: str, rounds: int) -> Model:
         """A model's record after its network has learned, inside the learner, to follow the original."""
         settings, teacher = self.settings, self.bench.network
-        steps = self._steps(model, learner, name, rounds)
-        curve = distil(learner, teacher, self.feed, steps, settings, self.job, f"distilling {name}") if steps else ()
+        steps, clock = self._steps(model, learner, name, rounds)
+        curve = distil(learner, teacher, self.feed, steps, settings, self.job, f"distilling {name}", clock) if steps else ()
         network.eval()
-        size = min(settings.distil_batch, self.feed.count)
-        step = f"distilled from the original: {steps} steps of {size} on {self.feed.count} unlabelled training items"
+        taken, size = curve[-1]["step"] if curve else 0, min(settings.distil_batch, self.feed.count)
+        step = f"distilled from the original: {taken} steps of {size} on {self.feed.count} unlabelled training items"
         return replace(model, state=network.state_dict(), lineage=(*model.lineage, step), signals=tuple(curve))
 
-    def _steps(self, model: Model, learner: Network, name: str, rounds: int) -> int:
-        """Steps of a distillation: as asked; else what fits the minutes at the measured pace, fixed once; else from the models' size alone."""
+    def _steps(self, model: Model, learner: Network, name: str, rounds: int) -> tuple[int, Clock | None]:
+        """Steps of a distillation: as asked; else what fits the minutes at the measured pace, and the clock that follows it; else from the models'
+        size alone."""
         settings, bench = self.settings, self.bench
         if settings.distil_steps is not None:
-            return settings.distil_steps
+            return settings.distil_steps, None
         if settings.minutes is None:
             macs = 3 * model.macs + self.model.macs
-            return int(np.clip(COMPUTE / (settings.distil_batch * max(macs, 1)), 100, 2000))
+            return int(np.clip(COMPUTE / (settings.distil_batch * max(macs, 1)), 100, 2000)), None
 
-        def fitting() -> int:
-            step = pace(learner, bench.network, self.feed, settings)
+        def fitting() -> dict[str, float]:
+            first, later = pace(learner, bench.network, self.feed, settings)
             assert settings.minutes is not None
-            left = (1 - SPARE) * 60 * settings.minutes - bench.seconds() - rounds * sum(bench.least.values())
-            return max(1, int(left / rounds / step))
+            left = ((1 - SPARE) * 60 * settings.minutes - bench.seconds()) / rounds - sum(bench.least.values())
+            return {"seconds": left, "steps": max(1, int(LAPS * left / (first + (LAPS - 1) * later))), "later": later / first}
 
-        return int(self.job.once(f"steps-{name}.json", fitting))
+        fits = self.job.once(f"minutes-{name}.json", fitting)
+        steps = int(fits["steps"])
+        return steps, Clock(fits["seconds"], steps, first_lap(steps), fits["later"], self.job, name)
 
     def front(self) -> Front:
         """All candidates, and the one that is delivered."""
