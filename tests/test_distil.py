@@ -18,6 +18,7 @@ from attar.errors import ModelError
 from attar.models.network import Network
 from attar.stages.augment.mix import mix
 from attar.stages.compress import distil as stage
+from attar.stages.compress import feed
 from attar.stages.compress.distil import distil, live_norms
 from attar.stages.compress.feed import TensorFeed, erased
 from attar.stages.compress.mimicry import Taps, comparable, feature_distance
@@ -135,6 +136,33 @@ def test_squares_are_erased_where_items_are_seen_often(steps: int, job, monkeypa
     monkeypatch.setattr(stage, "erased", lambda views, rng: called.append(0) or erased(views, rng))
     distil(_student(teacher), teacher, _feed(job("one")), steps, SETTINGS, job("one"), "distilling")
     assert len(called) == (90 if steps == 90 else 0)
+
+
+def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, gradients, shown = made("transformer"), [], []
+
+    def once(modules: nn.ModuleDict, rate: float, steps: int, stream, loss_of, *rest: object, **more: object) -> tuple[()]:
+        _, ids, views = next(iter(stream(range(1))))
+        hook = modules["student"].register_forward_pre_hook(lambda _, given: shown.append(len(given[0])))
+        loss_of(0, ids, views).backward()
+        hook.remove()
+        gradients.append(torch.cat([p.grad.flatten() for p in modules.parameters() if p.grad is not None]))
+        return ()
+
+    monkeypatch.setattr(stage, "optimise", once)
+    for numbers in (feed.PIECE, 11 * 3 * 32 * 32):
+        monkeypatch.setattr(feed, "PIECE", numbers)
+        distil(_student(teacher), teacher, _feed(job(str(numbers))), 30, SETTINGS, job(str(numbers)), "distilling")
+    whole, summed = gradients
+    assert shown == [32, 11, 11, 10]
+    assert float((whole - summed).norm()) < 0.1 * float(whole.norm()), "but for the scales of the parts, which are those of a piece"
+
+
+def test_norms_are_given_enough_items_to_learn_from(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "PIECE", 1)
+    given = _feed(job("one"))
+    assert stage.piece_of(given, 32, []) == 1
+    assert stage.piece_of(given, 32, live_norms(made("residual"), 32)) == stage.LEAST_BATCH
 
 
 def test_settled_norms_leave_the_function_and_make_training_mode_agree_with_it() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attar.models.network import Network, count_macs, find_classifier
 from attar.runtime import open_session, outputs
-from attar.stages.compress.prune import Costs, Group, allocate, choices, described, find_groups, granularity, kept, replay, survey
+from attar.stages.compress.prune import Costs, Group, allocate, choices, described, find_groups, granularity, kept, merged, replay, survey
 from attar.stages.compress.structure import Constant, padding
 
 EXPECTED = {
@@ -265,6 +265,35 @@ def test_any_cut_computes_what_masking_computes_at_the_cost_that_was_said(kind: 
     with torch.no_grad():
         for wanted, found in zip(masked(network, groups, cuts)(images(2)), cut(images(2))):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*sorted(BODIES), "padded", "joint"])
+def test_two_cuts_are_one_of_the_original(kind: str) -> None:
+    """Also where a branch went in the first, or goes in the second."""
+    network, example = made(kind) if kind in BODIES else _network({"padded": Padded, "joint": Joint}[kind]()), images(1)
+    groups = find_groups(network, example)
+    rng = np.random.default_rng(0)
+    removable = [group for group in groups if group.removable]
+    for gone_first in ({}, {group.name: group.width for group in removable[:1]}):
+        first = [(group.name, _some(group, gone_first.get(group.name), rng)) for group in groups]
+        cut = copy.deepcopy(network)
+        replay(cut, first, example)
+        left = find_groups(cut, example)
+        second = [(group.name, _some(group, group.width if group.removable else None, rng)) for group in left]
+        replay(cut, second, example)
+        at_once = copy.deepcopy(network)
+        replay(at_once, merged(first, second), example)
+        shapes = {name: tensor.shape for name, tensor in cut.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in at_once.state_dict().items()} == shapes
+        at_once.load_state_dict(cut.state_dict())
+        pair = [one(images(4))[0] for one in (cut, at_once)]
+        assert torch.equal(*pair)
+        assert left or gone_first, "there was something to cut"
+
+
+def _some(group: Group, count: int | None, rng: np.random.Generator) -> list[int]:
+    """Some units of a group, at most half of them where not said."""
+    return sorted(rng.permutation(group.width)[: max(1, group.width // 3) if count is None else count].tolist())
 
 
 @pytest.mark.parametrize("kind", sorted(BODIES))

@@ -94,8 +94,8 @@ def optimise(
             for group in optimiser.param_groups:
                 cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
                 group["lr"] = rate * min(1, (step + 1) / warm) * (averaged + (1 - averaged) * cosine)
-            loss = loss_of(step, ids, images)
             optimiser.zero_grad(set_to_none=True)
+            loss = loss_of(step, ids, images)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(modules.parameters(), 5.0)
             optimiser.step()

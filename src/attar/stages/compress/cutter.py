@@ -15,7 +15,7 @@ from attar.models import sources
 from attar.models.network import Network, count_macs, count_parameters
 from attar.records import Model
 from attar.stages.compress import prune, repair
-from attar.stages.compress.feed import Feed
+from attar.stages.compress.feed import Feed, piece
 from attar.stages.compress.reconstruct import reconstruct, route
 from attar.stages.compress.structure import Constant
 from attar.stages.compress.timing import covered
@@ -42,7 +42,7 @@ class Cutter:
     ) -> None:
         """`times` are milliseconds of each layer; without them shares are shares of the MACs. Widths are multiples of `lanes` where given."""
         self.network, self.model, self.feed, self.settings, self.job = network, model, feed, settings, job
-        self.example = feed.example()
+        self.example, self.timed = feed.example(), bool(times) or lanes is not None
         self.groups, left = prune.survey(network, self.example)
         layers = {name for group in self.groups for name in (*group.producers, *group.consumers)}
         self.costs = prune.Costs(network, self.example, self.groups, times if times and covered(times, layers) else None, lanes)
@@ -59,7 +59,7 @@ class Cutter:
     def plan(self) -> tuple[dict[str, repair.Moments], dict[str, list[int]], dict[str, np.ndarray]]:
         """Moments of every consumer, and each group's order of removal and damage."""
         consumers = sorted({name for group in self.groups for name in group.consumers})
-        batches = self.feed.calibration(self.settings.calibration_items, 32)
+        batches = self.feed.calibration(self.settings.calibration_items, piece(self.example, 32))
         moments = repair.gather(self.network, batches, consumers, self.job.seed)
         sensitivity = repair.sensitivities(self.network, batches, consumers, self.job.seed)
         order, damage = {}, {}
@@ -74,7 +74,7 @@ class Cutter:
         return moments, order, damage
 
     def cut(self, share: float) -> Model:
-        """The original cut to a share of its MACs (of its time, where that is known), repaired and reconstructed; not trained."""
+        """The model cut to a share of its MACs (of its time, where that is known), repaired and reconstructed; not trained."""
         moments, order, damage = self.plan
         last = {group.name: group.width + group.removable for group in self.groups}
         widths = prune.allocate(self.groups, {name: damage[name][: last[name]] for name in damage}, self.costs, share)
@@ -91,7 +91,7 @@ class Cutter:
         return replace(
             self.model,
             state=network.state_dict(),
-            cuts=tuple(cuts),
+            cuts=tuple(prune.merged(self.model.cuts, cuts)),
             parameters=count_parameters(network),
             macs=count_macs(network, self.example),
             lineage=(*self.model.lineage, step),
@@ -109,7 +109,7 @@ class Cutter:
         if items < min(FEWEST, self.feed.count) or not names:
             return 0
         with self.job.progress(len(names), "reconstructing", "layers") as bar:
-            batches = self.feed.calibration(items, 64)
+            batches = self.feed.calibration(items, piece(self.example, 64))
             reconstruct(network, self.network, names, along, rows, batches, self.job.seed, lambda: bar.update(1))
         return min(items, self.feed.count)
 

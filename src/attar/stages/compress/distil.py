@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from attar.models.network import Network
 from attar.models.objectives import distillation
 from attar.stages.augment.mix import mix
 from attar.stages.compress.clock import Clock
-from attar.stages.compress.feed import Feed, erased, is_image
+from attar.stages.compress.feed import Feed, erased, is_image, piece
 from attar.stages.compress.mimicry import Taps, comparable, feature_distance
 from attar.stages.train import optimise
 from attar.workspace import Job
@@ -53,12 +53,47 @@ LEAST_BATCH = 16
 """Items below which the statistics of a batch are too rough to normalise with."""
 
 
-class Kept(NamedTuple):
-    """What the teacher said of a batch of views."""
+class Said(NamedTuple):
+    """What the teacher said of some views."""
 
     answer: Answer
     last: Tensor | None
-    """Its last comparable map, in bfloat16, which holds numbers of any size."""
+    """Its last comparable map, where that is kept, in bfloat16, which holds numbers of any size."""
+
+
+class Sayings:
+    """What a teacher says of views, asked once for each key as long as there is room to keep it."""
+
+    def __init__(self, teacher: Network, maps: Mapping[str, Tensor], last: str | None, room: int) -> None:
+        """`maps` are the teacher's of its last pass; `room` is the number of views."""
+        self._teacher, self._maps, self._last, self._room = teacher, maps, last, room
+        self._known: dict[Any, Said] = {}
+
+    def __call__(self, key: Any, views: Tensor) -> Said:
+        if (found := self._known.get(key)) is None:
+            with torch.no_grad():
+                answer = self._teacher(views)
+            found = Said(answer, self._maps[self._last].bfloat16() if self._last else None)
+            if len(views) <= self._room:
+                self._known[key], self._room = found, self._room - len(views)
+        return found
+
+
+def answer_of(network: Network, inputs: Tensor, size: int) -> Answer:
+    """What a network gives for inputs, `size` of them at a time."""
+    made = [network(part) for part in inputs.split(size)]
+    logits = [part[1] for part in made if part[1] is not None]
+    return torch.cat([part[0] for part in made]), torch.cat(logits) if logits else None
+
+
+def piece_of(feed: Feed, size: int, norms: Sequence[nn.Module]) -> int:
+    """Items of a batch of `size` that are computed at once: where norms learn from them, enough for that."""
+    return max(piece(feed.example(), size), min(size, LEAST_BATCH) if norms else 1)
+
+
+def pieces(views: Tensor, size: int) -> tuple[Tensor, ...]:
+    """A batch in pieces of about equal size, at most `size`."""
+    return views.chunk(-(-len(views) // size))
 
 
 def live_norms(student: nn.Module, size: int) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -140,31 +175,29 @@ def distil(
     student.eval()
     size = min(settings.distil_batch, feed.count)
     held, norms = feed.held_out(), live_norms(student, size)
+    at_once = piece_of(feed, size, norms)
     if norms:
-        settle(student, norms, feed.calibration(settings.calibration_items, size))
+        settle(student, norms, feed.calibration(settings.calibration_items, at_once))
     names = comparable(student, teacher, feed.example(2))
     ours, theirs = Taps(student, names), Taps(teacher, names)
     with torch.no_grad():
-        target = teacher(held)
-        rate = peak_rate(steps, missed(student(held), target)) if norms else FOLDED_RATE
-    looks = steps * size / feed.count
+        target = answer_of(teacher, held, at_once)
+        rate = peak_rate(steps, missed(answer_of(student, held, at_once), target)) if norms else FOLDED_RATE
+    looks, momenta, lap = steps * size / feed.count, [norm.momentum for norm in norms], first_lap(steps)
     mixing, erasing = MIXED_UNTIL if looks >= MIXED_FROM else 0.0, looks >= ERASED_FROM and is_image(held)
-    momenta = [norm.momentum for norm in norms]
-    lap = first_lap(steps)
-    known: dict[tuple[int, bool], Kept] = {}
-    answers = size * sum(part[:1].nbytes for part in target if part is not None)
-    last = size * sum(2 * theirs.maps[name][:1].numel() for name in names[-1:])
-    lasting = bool(names) and lap * (answers + last) <= KEPT_BYTES
-    room = KEPT_BYTES // max(1, answers + last * lasting)
+    answer = sum(part[:1].nbytes for part in target if part is not None)
+    last = sum(2 * theirs.maps[name][:1].numel() for name in names[-1:])
+    lasting = bool(names) and lap * size * (answer + last) <= KEPT_BYTES
+    ask = Sayings(teacher, theirs.maps, names[-1] if lasting else None, KEPT_BYTES // max(1, answer + last * lasting))
 
-    def ask(place: int, mixed: bool, views: Tensor) -> Kept:
-        if (found := known.get((place, mixed))) is None:
-            with torch.no_grad():
-                answer = teacher(views)
-            found = Kept(answer, theirs.maps[names[-1]].bfloat16() if lasting else None)
-            if len(known) < room:
-                known[place, mixed] = found
-        return found
+    def loss_on(views: Tensor, said: Said, step: int) -> Tensor:
+        loss = distillation(student(views), said.answer)
+        if names and step < lap:
+            maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
+            loss = loss + (1 - step / lap) * feature_distance(*maps)
+        if said.last is not None:
+            loss = loss + feature_distance([ours.maps[names[-1]]], [said.last.float()])
+        return loss
 
     def loss_of(step: int, _: np.ndarray, views: np.ndarray | Tensor) -> Tensor:
         assert isinstance(views, Tensor)
@@ -174,19 +207,19 @@ def distil(
         for norm, momentum in zip(norms, momenta):
             norm.train()
             norm.momentum = momentum if asked is plain else 0.0  # what is normal is learned from items, not from mixtures
-        wanted = ask(place, mixed, asked)
-        loss = distillation(student(asked), wanted.answer)
-        if names and step < lap:
-            maps = [[taps.maps[name] for name in names] for taps in (ours, theirs)]
-            loss = loss + (1 - step / lap) * feature_distance(*maps)
-        if wanted.last is not None:
-            loss = loss + feature_distance([ours.maps[names[-1]]], [wanted.last.float()])
-        return loss
+        total = torch.zeros(())
+        for number, part in enumerate(parts := pieces(asked, at_once)):
+            loss = len(part) / len(asked) * loss_on(part, ask((place, mixed, number), part), step)
+            if number + 1 < len(parts):  # the loop does the last one
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss = loss.detach()
+            total = total + loss
+        return total
 
     def look() -> dict[str, float]:
         student.eval()
         with torch.no_grad():
-            return {"validation_loss": round(float(distillation(student(held), target)), 5)}
+            return {"validation_loss": round(float(distillation(answer_of(student, held, at_once), target)), 5)}
 
     def stream(wanted: range) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for start in range(wanted.start // lap * lap, wanted.stop, lap):
@@ -216,14 +249,17 @@ def pace(student: Network, teacher: Network, feed: Feed, settings: config.Compre
     on a copy; reading the inputs is part of both."""
     size = min(settings.distil_batch, feed.count)
     trial, parts, start = copy.deepcopy(student), [], time.perf_counter()
-    for norm in live_norms(trial, size):
+    norms = live_norms(trial, size)
+    at_once = piece_of(feed, size, norms)
+    for norm in norms:
         norm.train()
     for _, views in feed.training(range(8), size):
         read = time.perf_counter()
         with torch.no_grad():
-            wanted = teacher(views)
+            wanted = [teacher(part) for part in pieces(views, at_once)]
         asked = time.perf_counter()
-        distillation(trial(views), wanted).backward()  # type: ignore[no-untyped-call]
+        for part, answer in zip(pieces(views, at_once), wanted):
+            distillation(trial(part), answer).backward()  # type: ignore[no-untyped-call]
         end = time.perf_counter()
         parts.append((end - asked + read - start, asked - read))
         start = end

