@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import re
 import tempfile
 import time
@@ -28,7 +29,7 @@ from environment import record
 from torch import nn
 
 from attar.models.network import Network
-from attar.stages.compress import cutter, distil, prune, reconstruct, repair
+from attar.stages.compress import cutter, distil, prune, reconstruct, repair, search
 
 Settings = dict[str, Any]
 
@@ -106,6 +107,9 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[Settings]]] = {
     "norms held": lambda: replacing((distil, "live_norms", lambda *_: [])),
     "no mixing": lambda: replacing((distil, "mix", lambda views, _: views)),
     "no mimicry": lambda: replacing((distil, "comparable", lambda *_: [])),
+    "nothing erased": lambda: replacing((distil, "ERASED_FROM", math.inf)),
+    "no mean of the weights": lambda: replacing((distil, "AVERAGED", 0.0)),
+    "deep cuts at once": lambda: replacing((search, "DEEP", 0.0)),
 }
 """Everything as it comes, then with tricks taken away."""
 

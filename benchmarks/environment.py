@@ -18,9 +18,16 @@ def environment() -> dict[str, object]:
     return {"commit": commit, "cpu": cpu or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
+def _named(value: Any) -> Any:
+    """A setting without the folders of a path, also of one in a string as FILE.py:BUILDER."""
+    if isinstance(value, Path):
+        return value.name
+    return value.rpartition(os.sep)[2] if isinstance(value, str) else value
+
+
 def record(given: argparse.Namespace, **found: Any) -> None:
     """Writes what was found to `given.out`, where that was asked for, with the environment and the settings; of paths only the names, for where they lay is nobody's business."""
     if given.out:
-        settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(given).items() if key != "out"}
+        settings = {key: _named(value) for key, value in vars(given).items() if key != "out"}
         body = {"environment": environment(), "settings": settings} | found
         given.out.write_text(json.dumps(body, indent=1, default=str) + "\n", "utf-8")
