@@ -292,7 +292,7 @@ def test_two_cuts_are_one_of_the_original(kind: str) -> None:
 
 
 def _some(group: Group, count: int | None, rng: np.random.Generator) -> list[int]:
-    """Some units of a group, at most half of them where not said."""
+    """So many units of a group, a third of them where not said."""
     return sorted(rng.permutation(group.width)[: max(1, group.width // 3) if count is None else count].tolist())
 
 

@@ -80,8 +80,8 @@ class Sayings:
 
 
 def answer_of(network: Network, inputs: Tensor, size: int) -> Answer:
-    """What a network gives for inputs, `size` of them at a time."""
-    made = [network(part) for part in inputs.split(size)]
+    """What a network gives for inputs, computed in pieces of at most `size`."""
+    made = [network(part) for part in pieces(inputs, size)]
     logits = [part[1] for part in made if part[1] is not None]
     return torch.cat([part[0] for part in made]), torch.cat(logits) if logits else None
 

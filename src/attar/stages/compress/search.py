@@ -111,7 +111,7 @@ class Search:
         untrained = self._forms(name_of(share), lambda: cut(share))
         asks_agreement = len(self.costs) < len(self.constraints)  # a bound on cost alone says nothing of quality: the cut is trained
         if share < 1 and not (asks_agreement and self._enough(untrained)):
-            self._distil(cutter, cut(share), share, 1)
+            self._distil(cutter, cut, share, 1)
 
     def _times(self) -> dict[str, float] | None:
         """Milliseconds of each layer, measured once, where latency is the only cost that is bounded: shares are then shares of time."""
@@ -139,10 +139,10 @@ class Search:
         for share in shares if self.settings.minutes is None else ():  # minutes are worth more in training
             self._forms(name_of(share), functools.partial(cut, share))
         first = next((share for share in shares if share <= 0.5), shares[-1])
-        made = self._distil(cutter, cut(first), first, ROUNDS)
+        made = self._distil(cutter, cut, first, ROUNDS)
         following = shares[-1] if serving(made, self.constraints) else shares[0]
         if following != first:
-            self._distil(cutter, cut(following), following, 1)
+            self._distil(cutter, cut, following, 1)
 
     # steps on the way
 
@@ -194,21 +194,21 @@ class Search:
             )
         return share
 
-    def _distil(self, cutter: Cutter, cut: Model, share: float, rounds: int) -> list[Candidate]:
+    def _distil(self, cutter: Cutter, cut: Callable[[float], Model], share: float, rounds: int) -> list[Candidate]:
         """The candidates of a cut that was trained to follow the original; `rounds` distillations share the time that is left."""
         name = name_of(share)
 
         @functools.cache
         def model() -> Model:
-            start = self._by_way(cutter, share, rounds) if share <= DEEP and not cutter.timed and self.settings.distil_steps != 0 else cut
+            deep = share <= DEEP and not cutter.timed and self.settings.distil_steps != 0
+            start = self._by_way(cut(math.sqrt(share)), share, rounds) if deep else cut(share)
             network = sources.network(start)
             return self._trained(start, network, network, name, rounds)
 
         return self._forms(f"{name}-distilled", model)
 
-    def _by_way(self, cutter: Cutter, share: float, rounds: int) -> Model:
-        """A deep cut, not trained yet, of a trained one that is half-way to it."""
-        between = cutter.cut(math.sqrt(share))
+    def _by_way(self, between: Model, share: float, rounds: int) -> Model:
+        """A deep cut, not trained yet, of one that is half-way to it and is trained here."""
         network = sources.network(between)
         trained = self._trained(between, network, network, f"{name_of(share)}-halfway", rounds, HALFWAY)
         return Cutter(network, trained, self.feed, self.settings, self.job).cut(share * self.model.macs / trained.macs)
