@@ -32,16 +32,16 @@ class Contender(NamedTuple):
 
 def contenders(folder: Path, seed: int, peers_python: str | None) -> list[Contender]:
     """Every file of a seed, the peers' quantised first where they are not yet."""
-    found = []
+    found, runtimes = [], ("onnxruntime", "openvino") if peers_python else ("onnxruntime",)
     for home in sorted(folder.glob(f"*-{seed}")):
         side = home.name.removesuffix(f"-{seed}")
         found.append(Contender(f"{side}, float32", "onnxruntime", home / "trained.onnx"))
         if (home / "int8.onnx").exists():
-            found.append(Contender(f"{side}, int8", "onnxruntime", home / "int8.onnx"))
+            found += [Contender(f"{side}, int8", runtime, home / "int8.onnx") for runtime in runtimes]
             continue
         found.append(_quantised(home, side, "onnxruntime", sys.executable, "onnxruntime"))
         if peers_python:
-            found += [_quantised(home, side, "nncf", peers_python, runtime) for runtime in ("onnxruntime", "openvino")]
+            found += [_quantised(home, side, "nncf", peers_python, runtime) for runtime in runtimes]
     if not found:
         raise SystemExit(f"{folder}: no folder SIDE-{seed}; expected what compress.py --keep leaves")
     return found

@@ -22,6 +22,7 @@ import ablations
 import augment
 import certificate
 import peers
+import policies
 import populations
 import quantisers
 import runtimes
@@ -280,3 +281,14 @@ def test_a_library_that_cannot_be_opened_is_named() -> None:
     assert found == []
     assert list(missing) == absent
     assert all("ModuleNotFoundError" in reason for reason in missing.values())
+
+
+def test_the_ceiling_is_what_knowing_the_policies_would_reach() -> None:
+    rng, reached, told = np.random.default_rng(0), [], []
+    for _ in range(40):
+        worth = rng.normal(size=60)
+        truths = worth[:, None] + rng.normal(size=(60, 4))
+        reached.append(np.corrcoef(worth.argsort().argsort(), truths.mean(1).argsort().argsort())[0, 1])
+        told.append(policies.ceiling(truths))
+    assert abs(np.mean(reached) - np.mean(told)) < 0.02
+    assert np.isnan(policies.ceiling(truths[:, :1]))

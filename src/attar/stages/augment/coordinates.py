@@ -209,14 +209,14 @@ def _spherical(amount, centre_u, centre_v, px, py):
 
 @njit(**OPTIONS)
 @no_type_check
-def fold(s, count, border):
+def fold(s, count, border, straight):
     """Coordinates along one axis of `count` pixels, brought inside where one of them is outside: mirrored at the pixels' edges, or held.
 
-    Mirroring or holding the coordinate gives the same mean as mirroring or holding the pixels.
+    Mirroring or holding the coordinate gives the same mean as mirroring or holding the pixels. Of a straight row the ends are furthest out.
     """
     last, turn, zero, half = np.float32(count - 1), np.float32(2 * count), np.float32(0), np.float32(0.5)
-    outside = 0
-    for x in range(len(s)):
+    outside, step = 0, max(len(s) - 1, 1) if straight else 1
+    for x in range(0, len(s), step):
         outside += (s[x] < zero) | (s[x] > last)
     if outside == 0 or border == CONSTANT:
         return

@@ -20,6 +20,9 @@ TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 FROM_YIQ, EYE, GREY = np.linalg.inv(TO_YIQ), np.eye(3), np.tile(LUMA, (3, 1))
 ORDERS = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 _GATES = {name: column for column, name in enumerate(NAMES)}
+_OWN = [_GATES[name] for name in TRANSFORMS]
+_FAMILY = [_GATES[next((family for family, members in FAMILIES.items() if name in members), name)] for name in TRANSFORMS]
+"""The gates of each transform and of its family, in the order of the catalogue."""
 _FIRST = dict(zip(TRANSFORMS, np.cumsum([len(NAMES), *(transform.uniforms for transform in TRANSFORMS.values())]).tolist()))
 _SEED = len(NAMES) + sum(transform.uniforms for transform in TRANSFORMS.values())
 """The columns of uniforms a view takes: one per name, those of each transform, one for the noise. None depends on what else is drawn."""
@@ -162,12 +165,8 @@ def _strengths(dials: Sequence[Mapping[str, Dial]], uniforms: np.ndarray, pick: 
         last = np.sort(order, 1)[:, min(pick, len(NAMES)) - 1, None]
         share = np.where((order <= last) & (share > 0), 1.0, 0.0)
     amount = np.where(gates < share, strength[which], 0.0)
-    found = {name: amount[:, _GATES[name]] for name in TRANSFORMS}
-    for family, members in FAMILIES.items():
-        for name in members:
-            own = named[which, _GATES[name]]
-            found[name] = np.where(own, found[name], amount[:, _GATES[family]])
-    return {name: values for name, values in found.items() if values.any()}
+    found = np.where(named[which][:, _OWN], amount[:, _OWN], amount[:, _FAMILY])
+    return {name: values for name, values, drawn in zip(TRANSFORMS, found.T, found.any(0)) if drawn}
 
 
 def _parameters(name: str, uniforms: np.ndarray, strength: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

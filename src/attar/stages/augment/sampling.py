@@ -32,7 +32,7 @@ from attar.stages.augment.coordinates import (
     whole_pixels,
     window,
 )  # fmt: skip
-from attar.stages.augment.words import brain_bits, byte, half_bits, load8, load32, load64, prefetch
+from attar.stages.augment.words import brain_bits, byte, half_bits, load8, load32, load64, load_level, prefetch
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 TALL = 2**24  # rows of an image that never ends
@@ -69,9 +69,8 @@ def _gather(image, base, offset, sx, sy, right, low, border, fill, above, below)
         outside += offset[x] < 0
     if channels == 3 and outside == 0:
         for x in range(len(offset)):
-            above[x] = load64(base, np.int64(offset[x]))
-        for x in range(len(offset)):
-            below[x] = load64(lower, np.int64(offset[x]))
+            start = np.int64(offset[x])
+            above[x], below[x] = load64(base, start), load64(lower, start)
         return
     for x in range(len(offset)):
         start = np.int64(offset[x])
@@ -137,6 +136,28 @@ def _pixels(address, start, step, words):
 
 @njit(**OPTIONS)
 @no_type_check
+def _planes(address, start, red, green, blue):
+    """Red, green and blue of pixels of three bytes that follow each other, in 0 … 255."""
+    for x in range(len(red)):
+        red[x], green[x], blue[x] = (
+            load_level(address, start + 3 * x),
+            load_level(address, start + 3 * x + 1),
+            load_level(address, start + 3 * x + 2),
+        )
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _mirrored(address, start, red, green, blue):
+    """As `_planes`, from the last pixel to the first, which is at `start`."""
+    last = np.uint64(len(red) - 1)
+    for x in range(len(red)):
+        at, to = start + 3 * x, last - np.uint64(x)
+        red[to], green[to], blue[to] = load_level(address, at), load_level(address, at + 1), load_level(address, at + 2)
+
+
+@njit(**OPTIONS)
+@no_type_check
 def _unpack(words, red, green, blue):
     """Red, green and blue of words of one pixel, in 0 … 255."""
     for x in range(len(red)):
@@ -188,28 +209,49 @@ def _across(words, right, red, green, blue):
 
 @njit(**OPTIONS)
 @no_type_check
-def _down(upper, lower, low, out):
-    for x in range(len(out)):
-        out[x] = upper[x] + low * (lower[x] - upper[x])
-
-
-@njit(**OPTIONS)
-@no_type_check
-def _mix(red, green, blue, colour, view, c, times, plus, made, at):
-    """A channel of the colour map (from 0 … 255 to [0, 1]), clipped, times scale plus shift."""
-    m0, m1, m2, m3 = colour[view, c, 0], colour[view, c, 1], colour[view, c, 2], colour[view, c, 3]
-    zero, one = np.float32(0), np.float32(1)
+def _down(r0, r1, g0, g1, b0, b1, low, red, green, blue):
+    """Means of what two rows of the image show, by channel."""
     for x in range(len(red)):
-        made[at + np.uint64(x)] = min(max(m0 * red[x] + m1 * green[x] + m2 * blue[x] + m3, zero), one) * times + plus
+        red[x] = r0[x] + low * (r1[x] - r0[x])
+        green[x] = g0[x] + low * (g1[x] - g0[x])
+        blue[x] = b0[x] + low * (b1[x] - b0[x])
 
 
 @njit(**OPTIONS)
 @no_type_check
 def _recolour(red, green, blue, colour, view, times, plus, made, at, apart):
-    """The three channels, in rows `apart` from each other; a loop each, for few possible overlaps of what it reads and writes."""
-    _mix(red, green, blue, colour, view, 0, times[0], plus[0], made, at)
-    _mix(red, green, blue, colour, view, 1, times[1], plus[1], made, at + np.uint64(apart))
-    _mix(red, green, blue, colour, view, 2, times[2], plus[2], made, at + np.uint64(2 * apart))
+    """The colour map (from 0 … 255 to [0, 1]), clipped, times scale plus shift, in three rows `apart` from each other."""
+    a0, a1, a2, a3 = colour[view, 0, 0], colour[view, 0, 1], colour[view, 0, 2], colour[view, 0, 3]
+    b0, b1, b2, b3 = colour[view, 1, 0], colour[view, 1, 1], colour[view, 1, 2], colour[view, 1, 3]
+    c0, c1, c2, c3 = colour[view, 2, 0], colour[view, 2, 1], colour[view, 2, 2], colour[view, 2, 3]
+    (t0, t1, t2), (p0, p1, p2) = (times[0], times[1], times[2]), (plus[0], plus[1], plus[2])
+    second, third, zero, one = at + np.uint64(apart), at + np.uint64(2 * apart), np.float32(0), np.float32(1)
+    for x in range(len(red)):
+        r, g, b, to = red[x], green[x], blue[x], np.uint64(x)
+        made[at + to] = min(max(a0 * r + a1 * g + a2 * b + a3, zero), one) * t0 + p0
+        made[second + to] = min(max(b0 * r + b1 * g + b2 * b + b3, zero), one) * t1 + p1
+        made[third + to] = min(max(c0 * r + c1 * g + c2 * b + c3, zero), one) * t2 + p2
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _tint(red, green, blue, colour, view, times, plus, made, at, apart):
+    """As `_recolour`, of a map that keeps the channels apart."""
+    a, b, c, a3, b3, c3 = (
+        colour[view, 0, 0],
+        colour[view, 1, 1],
+        colour[view, 2, 2],
+        colour[view, 0, 3],
+        colour[view, 1, 3],
+        colour[view, 2, 3],
+    )
+    (t0, t1, t2), (p0, p1, p2) = (times[0], times[1], times[2]), (plus[0], plus[1], plus[2])
+    second, third, zero, one = at + np.uint64(apart), at + np.uint64(2 * apart), np.float32(0), np.float32(1)
+    for x in range(len(red)):
+        to = np.uint64(x)
+        made[at + to] = min(max(a * red[x] + a3, zero), one) * t0 + p0
+        made[second + to] = min(max(b * green[x] + b3, zero), one) * t1 + p1
+        made[third + to] = min(max(c * blue[x] + c3, zero), one) * t2 + p2
 
 
 @njit(**OPTIONS)
@@ -234,6 +276,18 @@ def _look_up(row, lut, c, levels, times, made, at):
         levels[x] = np.uint8(np.int32(times * row[x] + half))
     for x in range(len(row)):
         made[at + np.uint64(x)] = lut[first + np.uint64(levels[x])]
+
+
+@njit(**OPTIONS)
+@no_type_check
+def _look_up_pixels(address, start, step, width, lut, made, at, apart):
+    """lut[c, byte] of pixels `step` bytes apart, in three rows `apart` from each other."""
+    second, third = at + np.uint64(apart), at + np.uint64(2 * apart)
+    for x in range(width):
+        pixel, to = start + step * x, np.uint64(x)
+        made[at + to] = lut[np.uint64(load8(address, pixel))]
+        made[second + to] = lut[np.uint64(256 + load8(address, pixel + 1))]
+        made[third + to] = lut[np.uint64(512 + load8(address, pixel + 2))]
 
 
 @njit(**OPTIONS)
@@ -317,7 +371,7 @@ def sample_views(
             elastic_rows(elastic[view], nodes)
         if aligned:
             affine_row(m, 0, px, sy)
-            fold(px, columns, border)
+            fold(px, columns, border, True)
             sy[:] = 0
             locate(px, sy, TALL, columns, 1, channels, columns_at, across, low)
             aligned = columns_at.min() >= 0
@@ -325,12 +379,22 @@ def sample_views(
         for y in range(height):
             start, step = (top + ry * y) * pitch + (col + cy * y) * channels, rx * pitch + cx * channels
             furthest = max(start, start + step * (width - 1))
-            if exact and furthest < (rows - 1) * pitch + (columns - 1) * channels:  # a word of the last pixel reaches beyond the memory
+            copied = (
+                exact and furthest < (rows - 1) * pitch + (columns - 1) * channels
+            )  # a word of the last pixel reaches beyond the memory
+            if copied:
                 if rx == 0:
                     away = start + AHEAD * ry * pitch
                     _ask_row(address, away, away + step * (width - 1))
-                _pixels(address, start, step, words)
-                _unpack(words, red, green, blue)
+                if tabled and bytewise:
+                    pass  # the bytes themselves are looked up
+                elif step == 3:
+                    _planes(address, start, red, green, blue)
+                elif step == -3:
+                    _mirrored(address, start - 3 * (width - 1), red, green, blue)
+                else:
+                    _pixels(address, start, step, words)
+                    _unpack(words, red, green, blue)
             else:
                 place = np.float32(m[1, 1] * (y + 0.5) + m[1, 2] - 0.5)
                 if aligned and place >= 0 and place < rows - 2:
@@ -350,9 +414,7 @@ def sample_views(
                             odd = wanted
                     if row & 1:
                         share = np.float32(1) - share
-                    _down(r0, r1, share, red)
-                    _down(g0, g1, share, green)
-                    _down(b0, b1, share, blue)
+                    _down(r0, r1, g0, g1, b0, b1, share, red, green, blue)
                 else:
                     if kinds[view] == AFFINE:
                         affine_row(m, y, sx, sy)
@@ -363,14 +425,16 @@ def sample_views(
                             for x in range(width):
                                 px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
                         projected(m, px, py, sx, sy)
-                    fold(sy, rows, border)
-                    fold(sx, columns, border)
+                    fold(sy, rows, border, kinds[view] == AFFINE)
+                    fold(sx, columns, border, kinds[view] == AFFINE)
                     locate(sx, sy, rows, columns, pitch, channels, offset, right, low)
                     _ask(image, m, offset)
                     _gather(image, address, offset, sx, sy, right, low, border, fill, above, below)
                     _blend(upper, lower, right, low, red, green, blue)
             at = np.uint64(y * width if raw else ((view * 3 * height + y) * width if direct else 0))
-            if tabled and (plain[view] or bytewise):
+            if copied and tabled and bytewise:
+                _look_up_pixels(address, start, step, width, lut, made, at, apart)
+            elif tabled and (plain[view] or bytewise):
                 _look_up(red, lut, 0, levels, np.float32(1), made, at)
                 _look_up(green, lut, 1, levels, np.float32(1), made, at + np.uint64(apart))
                 _look_up(blue, lut, 2, levels, np.float32(1), made, at + np.uint64(2 * apart))
@@ -379,6 +443,8 @@ def sample_views(
                 _look_up(mixed[:width], lut, 0, levels, np.float32(255), made, at)
                 _look_up(mixed[width : 2 * width], lut, 1, levels, np.float32(255), made, at + np.uint64(apart))
                 _look_up(mixed[2 * width :], lut, 2, levels, np.float32(255), made, at + np.uint64(2 * apart))
+            elif alone[view]:
+                _tint(red, green, blue, colour, view, times, plus, made, at, apart)
             else:
                 _recolour(red, green, blue, colour, view, times, plus, made, at, apart)
             if not raw:

@@ -51,6 +51,18 @@ def load8(typing: Any, address: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def load_level(typing: Any, address: Any, offset: Any) -> Any:
+    """The byte at address + offset, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        found = builder.load(builder.gep(start, [arguments[1]]), align=1)
+        return builder.sitofp(builder.zext(found, _WORD), _FLOAT)
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
 def prefetch(typing: Any, address: Any, offset: Any) -> Any:
     """Asks for the cache line at address + offset, which may be any."""
 
