@@ -125,6 +125,28 @@ def affine_row(m, y, sx, sy):
 
 @njit(**OPTIONS)
 @no_type_check
+def inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
+    """What `affine_row` and `locate` find, in one pass, of a row that lies well inside the image; whether it does."""
+    ax, ay = np.float32(m[0, 0]), np.float32(m[1, 0])
+    bx = np.float32(0.5 * m[0, 0] + (y + 0.5) * m[0, 1] + m[0, 2] - 0.5)
+    by = np.float32(0.5 * m[1, 0] + (y + 0.5) * m[1, 1] + m[1, 2] - 0.5)
+    across, down, furthest = (len(offset) - 1) * ax, (len(offset) - 1) * ay, (2**31 - 1 - 4 * columns) // pitch - 1
+    if min(bx, bx + across) < 0 or min(by, by + down) < 0:
+        return False
+    if max(bx, bx + across) > columns - 3 or max(by, by + down) > min(rows - 3, furthest - 1):
+        return False
+    pitch, channels = np.int32(pitch), np.int32(channels)
+    for x in range(len(offset)):
+        step = np.float32(np.int32(x))
+        px, py = ax * step + bx, ay * step + by
+        left, top = np.int32(px), np.int32(py)
+        right[x], low[x] = px - np.float32(left), py - np.float32(top)
+        offset[x] = np.int32(top * pitch + left * channels)
+    return True
+
+
+@njit(**OPTIONS)
+@no_type_check
 def projected(m, px, py, sx, sy):
     """px, py, pixels of the view, through the matrix."""
     a, b, c = np.float32(m[0, 0]), np.float32(m[0, 1]), np.float32(m[0, 2])

@@ -26,6 +26,7 @@ from attar.stages.augment.coordinates import (
     affine_row,
     elastic_rows,
     fold,
+    inner_row,
     locate,
     projected,
     warped_row,
@@ -416,18 +417,19 @@ def sample_views(
                         share = np.float32(1) - share
                     _down(r0, r1, g0, g1, b0, b1, share, red, green, blue)
                 else:
-                    if kinds[view] == AFFINE:
-                        affine_row(m, y, sx, sy)
-                    else:
-                        if kinds[view] == WARPED:
-                            warped_row(y, height, width, warp[view], nodes, bends, px, py)
+                    if kinds[view] != AFFINE or not inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
+                        if kinds[view] == AFFINE:
+                            affine_row(m, y, sx, sy)
                         else:
-                            for x in range(width):
-                                px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
-                        projected(m, px, py, sx, sy)
-                    fold(sy, rows, border, kinds[view] == AFFINE)
-                    fold(sx, columns, border, kinds[view] == AFFINE)
-                    locate(sx, sy, rows, columns, pitch, channels, offset, right, low)
+                            if kinds[view] == WARPED:
+                                warped_row(y, height, width, warp[view], nodes, bends, px, py)
+                            else:
+                                for x in range(width):
+                                    px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
+                            projected(m, px, py, sx, sy)
+                        fold(sy, rows, border, kinds[view] == AFFINE)
+                        fold(sx, columns, border, kinds[view] == AFFINE)
+                        locate(sx, sy, rows, columns, pitch, channels, offset, right, low)
                     _ask(image, m, offset)
                     _gather(image, address, offset, sx, sy, right, low, border, fill, above, below)
                     _blend(upper, lower, right, low, red, green, blue)
