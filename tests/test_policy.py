@@ -21,7 +21,7 @@ from attar.errors import DataError, UsageError
 from attar.records import Clusters, Dial, Head, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment import policy as policies
 from attar.stages.augment import ranking, search
-from attar.stages.augment.catalogue import POLICIES, read_policy
+from attar.stages.augment.catalogue import DEFAULTS, POLICIES, read_policy
 from attar.workspace import Job
 
 Make = Callable[..., Job]
@@ -84,19 +84,32 @@ def test_what_is_no_policy_is_said_with_the_other_faults(tmp_path: Path) -> None
         assert said in str(caught.value)
 
 
-def test_dials_for_another_number_of_clusters_are_refused(items: Items, job: Make, tmp_path: Path) -> None:
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps({"families": {"blur": [0.5, 0.5]}, "clusters": [{"blur": [0.5, 0.5]}] * 4}))
+def given_to_augment(items: Items, macs: int = 0) -> tuple[Items, Vectors, Clusters, Selection]:
+    """What the stage is given where neither pictures nor weights matter."""
     head = Head(
         mean=np.zeros(2, np.float32), projection=np.eye(2, dtype=np.float32), centroids=np.eye(2, dtype=np.float32), temperature=1.0
     )
     clusters = Clusters(table=items.table, head=head, medoids=np.arange(2), curve=(), separation=0.0, method="")
-    vectors = Vectors(shards=(), count=0, dim=2, model=Model(source={"kind": "self"}, state={}, preprocess=Preprocess(size=(8, 8))))
-    selection = Selection(table=items.table, thresholds={})
+    model = Model(source={"kind": "self"}, state={}, preprocess=Preprocess(size=(8, 8)), macs=macs)
+    return items, Vectors(shards=(), count=0, dim=2, model=model), clusters, Selection(table=items.table, thresholds={})
+
+
+def test_dials_for_another_number_of_clusters_are_refused(items: Items, job: Make, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"families": {"blur": [0.5, 0.5]}, "clusters": [{"blur": [0.5, 0.5]}] * 4}))
     with pytest.raises(
         UsageError, match=r"mine.json: has dials for 4 clusters, the items fall into 2; leave out its \"clusters\", or .* --clusters 4"
     ):
-        policies.augment(items, vectors, clusters, selection, Augment(policy=str(file)), job())
+        policies.augment(*given_to_augment(items), Augment(policy=str(file)), job())
+
+
+def test_nobody_waits_for_the_strengths_of_a_large_model(items: Items, job: Make) -> None:
+    own = job()
+    found = policies.augment(*given_to_augment(items, 4_100_000_000), Augment(), own)
+    assert found.families["colour"] == DEFAULTS["colour"]
+    assert found.clusters == ()
+    assert "strengths not tried" in found.method
+    assert own.notes[-1].endswith("too large (4.1 G multiply-accumulates an item): the defaults stay")
 
 
 # the search

@@ -8,6 +8,7 @@ As far as most augmented views of a cluster's items still fall into that cluster
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ KEPT = 0.85
 """Share of augmented views that must stay in their item's cluster for a strength to be allowed."""
 MIRROR_LIMIT = 0.6
 """Accuracy of the mirror probe above which mirroring is taken to change what an item is; 0.5 is chance."""
-COMPUTE = 5e11
-"""Multiply-accumulates spent on trying strengths: bounds the number of items looked at, by the size of the model."""
+COMPUTE, MOST_COMPUTE = 5e11, 2e12
+"""Multiply-accumulates spent on trying strengths: bounds the number of items looked at, by the size of the model. Where the fewest that tell something take
+more than the second, a minute or two on two cores, none are tried: compression shows its items nearly as they are and does not wait for it."""
+TRIED = (64, 512)
+"""The fewest and the most items that strengths are tried on."""
 
 
 def mirror_accuracy(thumbs: np.ndarray, rng: np.random.Generator) -> float:
@@ -97,9 +101,15 @@ def augment(items: Items, vectors: Vectors, clusters: Clusters, selection: Selec
         )
     if settings.strength is not None or settings.policy:
         return start
+    each = vectors.model.macs * (1 + len(FAMILIES) * len(STRENGTHS))
+    if each * TRIED[0] > MOST_COMPUTE:
+        job.say(
+            f"strengths are not tried, the model is too large ({vectors.model.macs / 1e9:.1f} G multiply-accumulates an item): the defaults stay"
+        )
+        return replace(start, method=f"{start.method}; strengths not tried, the model is too large")
     keep = selection.column("keep") & (items.column("split") == "train")
     candidates = items.column("id")[keep]
-    count = int(np.clip(COMPUTE / (vectors.model.macs * (1 + len(FAMILIES) * len(STRENGTHS))), 64, 512))
+    count = int(np.clip(COMPUTE / each, *TRIED))
     ids = np.sort(job.rng("sample").permutation(candidates)[:count])
     measured = job.once("views.json", lambda: _measure(items, vectors, clusters, ids, job))
     own = np.asarray(measured["own"])
