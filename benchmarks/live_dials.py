@@ -11,11 +11,9 @@ learned from. Differences are paired by seed and image; their 95 % intervals cou
 from __future__ import annotations
 
 import argparse
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +25,6 @@ from policies import Labelled, read
 import attar
 from attar.models import sources
 from attar.records import Model
-from attar.stages.augment import controller
 from attar.stages.encode import as_input
 from attar.stats import crossed, knn_vote
 
@@ -49,20 +46,20 @@ def correct(model: Model, data: Labelled) -> np.ndarray:
 
 def encoders(images: Path, out: Path, live: bool, seed: int, given: argparse.Namespace) -> dict[str, Model]:
     """The encoder after each of STAGES."""
-    with contextlib.nullcontext() if live else mock.patch.object(controller, "STEP", 0.0):
-        run = attar.run(
-            images,
-            until="train",
-            out=str(out),
-            model="self",
-            seed=seed,
-            self_steps=given.steps,
-            self_width=given.width,
-            workers=given.threads,
-            test_share=0.02,
-            validation_share=0.1,
-            quiet=True,
-        )
+    run = attar.run(
+        images,
+        until="train",
+        out=str(out),
+        model="self",
+        dials="live" if live else "held",
+        seed=seed,
+        self_steps=given.steps,
+        self_width=given.width,
+        workers=given.threads,
+        test_share=0.02,
+        validation_share=0.1,
+        quiet=True,
+    )
     return {"embed": run["embed"].model, "train": run["train"]}
 
 

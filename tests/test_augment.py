@@ -17,12 +17,13 @@ from jaxtyping import TypeCheckError
 from PIL import Image
 
 import attar
-from attar.config import Augment, Cluster, Curate, Embed, ModelChoice
+from attar.config import Augment, Cluster, Curate, Embed, ModelChoice, build_config
 from attar.errors import DataError, UsageError
 from attar.records import Dial, Items, Policy
 from attar.stages.augment import policy as policies
 from attar.stages.augment import reference
 from attar.stages.augment.catalogue import DEFAULTS, FAMILIES, POLICIES
+from attar.stages.augment.controller import Controller, pins
 from attar.stages.augment.engine import apply, augment, normalise, preview
 from attar.stages.augment.plan import Plan, sample
 from attar.stages.cluster.cluster import cluster
@@ -373,6 +374,20 @@ def test_pins_replace_the_dials_but_do_not_bring_back_what_is_wrong() -> None:
     assert both.method == "found; pinned by hand"
     one = policies.pinned(start, Augment(strength=0.3))
     assert one.families["geometry"] == Dial(0.3, policies.DEFAULTS["geometry"].frequency)
+    assert Controller(one, pins(one)).live
+
+
+def test_dials_can_be_held_as_they_were_found() -> None:
+    start = Policy(families=policies.DEFAULTS, clusters=(policies.DEFAULTS,), method="found")
+    held = policies.pinned(start, Augment(dials="held"))
+    assert (held.families, held.clusters, held.method) == (start.families, start.clusters, "found")
+    assert Controller(start, pins(start)).live
+    assert not Controller(held, pins(held)).live
+    again = policies.pinned(held, Augment(dials="held", frequency=0.4))
+    assert again.families["colour"] == Dial(policies.DEFAULTS["colour"].strength, 0.4)
+    assert again.evidence == ({"pinned": "frequency", "value": 0.4}, {"pinned": "strength", "value": "as found"})
+    with pytest.raises(UsageError, match="dials: 'still'; expected live or held"):
+        build_config({"data": "photos", "dials": "still"})
 
 
 def test_the_starting_policy_switches_flips_off_where_images_have_a_handedness(items: Items, job: Callable[..., Job]) -> None:

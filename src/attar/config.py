@@ -99,11 +99,15 @@ class Augment:
     """Pins the strength of every family of transforms, 0 (none) to 1 (full range); by default found per cluster without labels."""
     frequency: float | None = None
     """Pins how often each family is applied to a view, 0 to 1; by default the family's own."""
+    dials: str = "live"
+    """Whether strength and frequency move while an encoder learns, by what is seen of held-out items ("live"), or stay as they were found or pinned ("held")."""
 
     def faults(self) -> Iterable[str]:
         for name in ("strength", "frequency"):
             if not _between(getattr(self, name), 0, 1):
                 yield f"{name}: {getattr(self, name)}; expected 0 to 1"
+        if self.dials not in ("live", "held"):
+            yield f"dials: {self.dials!r}; expected live or held"
         if self.policy:
             from attar.stages.augment.catalogue import as_policy  # numpy: not for printing help
 

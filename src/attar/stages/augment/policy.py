@@ -72,9 +72,10 @@ def policy_fingerprint(settings: config.Augment) -> list[str]:
 
 
 def pinned(policy: Policy, settings: config.Augment) -> Policy:
-    """The policy with the dials the user set by hand, which evidence says; a flip that was found to be wrong stays off."""
+    """The policy with the dials the user set by hand or holds, which evidence says; a flip that was found to be wrong stays off."""
     by_hand = {name: value for name, value in (("strength", settings.strength), ("frequency", settings.frequency)) if value is not None}
-    if not by_hand:
+    held = {name: "as found" for name in ("strength", "frequency") if settings.dials == "held" and name not in by_hand}
+    if not by_hand and not held:
         return policy
 
     def pin(dial: Dial) -> Dial:
@@ -83,8 +84,10 @@ def pinned(policy: Policy, settings: config.Augment) -> Policy:
 
     families = {name: pin(dial) for name, dial in policy.families.items()}
     clusters = tuple({name: pin(dial) for name, dial in dials.items()} for dials in policy.clusters)
-    evidence = (*policy.evidence, *({"pinned": name, "value": value} for name, value in by_hand.items()))
-    return Policy(families=families, clusters=clusters, pick=policy.pick, method=f"{policy.method}; pinned by hand", evidence=evidence)
+    measured = [row for row in policy.evidence if "pinned" not in row]
+    evidence = (*measured, *({"pinned": name, "value": value} for name, value in (by_hand | held).items()))
+    method = f"{policy.method}; pinned by hand" if by_hand else policy.method
+    return replace(policy, families=families, clusters=clusters, method=method, evidence=evidence)
 
 
 def augment(items: Items, vectors: Vectors, clusters: Clusters, selection: Selection, settings: config.Augment, job: Job) -> Policy:
