@@ -5,6 +5,7 @@ Each is defined in reference.py under the same name. Every compiled function tha
 
 from __future__ import annotations
 
+import math
 from typing import no_type_check
 
 import numpy as np
@@ -42,7 +43,7 @@ def alter(whole: Float32[np.ndarray, "3 height width"], spare: Float32[np.ndarra
         kernel = gaussian_kernel(float(plan.blur[view]))
         blur(whole, spare, kernel, np.float32(-1))
     if plan.sharpen[view] > 0:
-        blur(whole, spare, gaussian_kernel(1.0), np.float32(plan.sharpen[view]))
+        blur(whole, spare, UNIT, np.float32(plan.sharpen[view]))
     if plan.noise[view] > 0:
         add_noise(whole, np.uint32(plan.seed[view]), np.float32(plan.noise[view]))
     if plan.jpeg[view] > 0:
@@ -51,10 +52,13 @@ def alter(whole: Float32[np.ndarray, "3 height width"], spare: Float32[np.ndarra
 
 def gaussian_kernel(sigma: float) -> Float32[np.ndarray, " taps"]:
     """The upper half of the kernel, from its centre on, filled up with zeros to one tap and a multiple of AT_ONCE."""
-    reach = int(np.ceil(REACH * np.float32(sigma)))
-    kernel = np.exp(-0.5 * (np.arange(reach + 1) / sigma) ** 2)
-    kernel /= kernel[0] + 2 * kernel[1:].sum()
-    return np.pad(kernel, (0, -reach % AT_ONCE)).astype(np.float32)
+    reach = math.ceil(REACH * np.float32(sigma))
+    taps = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(reach + 1)]  # so few that arrays would take longer
+    total = taps[0] + 2 * sum(taps[1:])
+    return np.array([*(tap / total for tap in taps), *[0.0] * (-reach % AT_ONCE)], np.float32)
+
+
+UNIT = gaussian_kernel(1.0)
 
 
 @njit(**OPTIONS)
