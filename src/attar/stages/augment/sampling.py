@@ -140,11 +140,8 @@ def _pixels(address, start, step, words):
 def _planes(address, start, red, green, blue):
     """Red, green and blue of pixels of three bytes that follow each other, in 0 … 255."""
     for x in range(len(red)):
-        red[x], green[x], blue[x] = (
-            load_level(address, start + 3 * x),
-            load_level(address, start + 3 * x + 1),
-            load_level(address, start + 3 * x + 2),
-        )
+        at = start + 3 * x
+        red[x], green[x], blue[x] = load_level(address, at), load_level(address, at + 1), load_level(address, at + 2)
 
 
 @njit(**OPTIONS)
@@ -238,14 +235,8 @@ def _recolour(red, green, blue, colour, view, times, plus, made, at, apart):
 @no_type_check
 def _tint(red, green, blue, colour, view, times, plus, made, at, apart):
     """As `_recolour`, of a map that keeps the channels apart."""
-    a, b, c, a3, b3, c3 = (
-        colour[view, 0, 0],
-        colour[view, 1, 1],
-        colour[view, 2, 2],
-        colour[view, 0, 3],
-        colour[view, 1, 3],
-        colour[view, 2, 3],
-    )
+    a, b, c = colour[view, 0, 0], colour[view, 1, 1], colour[view, 2, 2]
+    a3, b3, c3 = colour[view, 0, 3], colour[view, 1, 3], colour[view, 2, 3]
     (t0, t1, t2), (p0, p1, p2) = (times[0], times[1], times[2]), (plus[0], plus[1], plus[2])
     second, third, zero, one = at + np.uint64(apart), at + np.uint64(2 * apart), np.float32(0), np.float32(1)
     for x in range(len(red)):
@@ -380,9 +371,8 @@ def sample_views(
         for y in range(height):
             start, step = (top + ry * y) * pitch + (col + cy * y) * channels, rx * pitch + cx * channels
             furthest = max(start, start + step * (width - 1))
-            copied = (
-                exact and furthest < (rows - 1) * pitch + (columns - 1) * channels
-            )  # a word of the last pixel reaches beyond the memory
+            # A word of the last pixel of the image reaches beyond the memory.
+            copied = exact and furthest < (rows - 1) * pitch + (columns - 1) * channels
             if copied:
                 if rx == 0:
                     away = start + AHEAD * ry * pitch
