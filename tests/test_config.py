@@ -37,6 +37,7 @@ EVERYTHING: dict[str, Any] = {
     "policy": "simclr",
     "strength": 0.4,
     "frequency": 0.25,
+    "dials": "held",
     "generate_minutes": 3.5,
     "generate_steps": 50,
     "generate_side": 64,
