@@ -224,7 +224,7 @@ class Controller(nn.Module):
 
 
 def pins(policy: Policy) -> tuple[str, ...]:
-    """The dials of a policy that were set by hand."""
+    """The dials of a policy that were set by hand or are held."""
     return tuple(str(row["pinned"]) for row in policy.evidence if "pinned" in row)
 
 

@@ -114,10 +114,18 @@ def whole_pixels(m, kind, rows, columns, height, width):
 
 @njit(**OPTIONS)
 @no_type_check
-def affine_row(m, y, sx, sy):
+def _line(m, y):
+    """Steps along x and y of the source from pixel to pixel of a straight row, and where it begins."""
     ax, ay = np.float32(m[0, 0]), np.float32(m[1, 0])
     bx = np.float32(0.5 * m[0, 0] + (y + 0.5) * m[0, 1] + m[0, 2] - 0.5)
     by = np.float32(0.5 * m[1, 0] + (y + 0.5) * m[1, 1] + m[1, 2] - 0.5)
+    return ax, ay, bx, by
+
+
+@njit(**OPTIONS)
+@no_type_check
+def affine_row(m, y, sx, sy):
+    ax, ay, bx, by = _line(m, y)
     for x in range(len(sx)):
         step = np.float32(np.int32(x))
         sx[x], sy[x] = ax * step + bx, ay * step + by
@@ -125,11 +133,9 @@ def affine_row(m, y, sx, sy):
 
 @njit(**OPTIONS)
 @no_type_check
-def inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
+def _inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
     """What `affine_row` and `locate` find, in one pass, of a row that lies well inside the image; whether it does."""
-    ax, ay = np.float32(m[0, 0]), np.float32(m[1, 0])
-    bx = np.float32(0.5 * m[0, 0] + (y + 0.5) * m[0, 1] + m[0, 2] - 0.5)
-    by = np.float32(0.5 * m[1, 0] + (y + 0.5) * m[1, 1] + m[1, 2] - 0.5)
+    ax, ay, bx, by = _line(m, y)
     across, down, furthest = (len(offset) - 1) * ax, (len(offset) - 1) * ay, (2**31 - 1 - 4 * columns) // pitch - 1
     if min(bx, bx + across) < 0 or min(by, by + down) < 0:
         return False
@@ -265,3 +271,24 @@ def locate(sx, sy, rows, columns, pitch, channels, offset, right, low):
         inside = wanted & (px >= zero) & (py >= zero) & (px <= last_x) & (py <= last_y) & (top < furthest)
         inside &= (left < end_x) | (top < end_y)  # a word of the last two pixels of the last row reaches beyond the memory
         offset[x] = np.int32(np.int32(top) * pitch + np.int32(left) * channels) if inside else np.int32(-1)
+
+
+@njit(**OPTIONS)
+@no_type_check
+def find_row(image, m, kind, y, height, warp, nodes, bends, border, px, py, sx, sy, offset, right, low):
+    """Where a row of a view of any kind reads: `locate`'s offsets and weights; sx and sy as well, unless the row lies well inside the image."""
+    _, rows, columns, pitch, channels = image
+    if kind == AFFINE:
+        if _inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
+            return
+        affine_row(m, y, sx, sy)
+    else:
+        if kind == WARPED:
+            warped_row(y, height, len(px), warp, nodes, bends, px, py)
+        else:
+            for x in range(len(px)):
+                px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
+        projected(m, px, py, sx, sy)
+    fold(sy, rows, border, kind == AFFINE)
+    fold(sx, columns, border, kind == AFFINE)
+    locate(sx, sy, rows, columns, pitch, channels, offset, right, low)

@@ -37,7 +37,7 @@ MIRROR_LIMIT = 0.6
 """Accuracy of the mirror probe above which mirroring is taken to change what an item is; 0.5 is chance."""
 COMPUTE, MOST_COMPUTE = 5e11, 2e12
 """Multiply-accumulates spent on trying strengths: bounds the number of items looked at, by the size of the model. Where the fewest that tell something take
-more than the second, a minute or two on two cores, none are tried: compression shows its items nearly as they are and does not wait for it."""
+more than the second, none are tried: compression shows its items nearly as they are and does not wait for it."""
 TRIED = (64, 512)
 """The fewest and the most items that strengths are tried on."""
 

@@ -25,11 +25,9 @@ from attar.stages.augment.coordinates import (
     WARPED,
     affine_row,
     elastic_rows,
+    find_row,
     fold,
-    inner_row,
     locate,
-    projected,
-    warped_row,
     whole_pixels,
     window,
 )  # fmt: skip
@@ -359,6 +357,7 @@ def sample_views(
         tabled, bytewise = table[view] >= 0, exact and alone[view]
         if tabled:
             _level_table(colour, view, tables, table[view], bytewise, times, plus, lut)
+        bent = warp[view]
         if bends:
             elastic_rows(elastic[view], nodes)
         if aligned:
@@ -373,17 +372,16 @@ def sample_views(
             furthest = max(start, start + step * (width - 1))
             # A word of the last pixel of the image reaches beyond the memory.
             copied = exact and furthest < (rows - 1) * pitch + (columns - 1) * channels
+            looked_up = copied and tabled and bytewise
             if copied:
                 if rx == 0:
                     away = start + AHEAD * ry * pitch
                     _ask_row(address, away, away + step * (width - 1))
-                if tabled and bytewise:
-                    pass  # the bytes themselves are looked up
-                elif step == 3:
+                if step == 3 and not looked_up:
                     _planes(address, start, red, green, blue)
-                elif step == -3:
+                elif step == -3 and not looked_up:
                     _mirrored(address, start - 3 * (width - 1), red, green, blue)
-                else:
+                elif not looked_up:
                     _pixels(address, start, step, words)
                     _unpack(words, red, green, blue)
             else:
@@ -407,24 +405,12 @@ def sample_views(
                         share = np.float32(1) - share
                     _down(r0, r1, g0, g1, b0, b1, share, red, green, blue)
                 else:
-                    if kinds[view] != AFFINE or not inner_row(m, y, rows, columns, pitch, channels, offset, right, low):
-                        if kinds[view] == AFFINE:
-                            affine_row(m, y, sx, sy)
-                        else:
-                            if kinds[view] == WARPED:
-                                warped_row(y, height, width, warp[view], nodes, bends, px, py)
-                            else:
-                                for x in range(width):
-                                    px[x], py[x] = np.float32(x + 0.5), np.float32(y + 0.5)
-                            projected(m, px, py, sx, sy)
-                        fold(sy, rows, border, kinds[view] == AFFINE)
-                        fold(sx, columns, border, kinds[view] == AFFINE)
-                        locate(sx, sy, rows, columns, pitch, channels, offset, right, low)
+                    find_row(image, m, kinds[view], y, height, bent, nodes, bends, border, px, py, sx, sy, offset, right, low)
                     _ask(image, m, offset)
                     _gather(image, address, offset, sx, sy, right, low, border, fill, above, below)
                     _blend(upper, lower, right, low, red, green, blue)
             at = np.uint64(y * width if raw else ((view * 3 * height + y) * width if direct else 0))
-            if copied and tabled and bytewise:
+            if looked_up:
                 _look_up_pixels(address, start, step, width, lut, made, at, apart)
             elif tabled and (plain[view] or bytewise):
                 _look_up(red, lut, 0, levels, np.float32(1), made, at)
