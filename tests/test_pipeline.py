@@ -56,7 +56,7 @@ def test_every_file_is_there_and_opens_with_plain_tools(finished: Finished) -> N
             zip([output.name for output in session.get_outputs()], session.run(None, {entry.name: np.resize(images, (1, 3, *side))}))
         )
         assert made["cluster_probabilities"].sum() == pytest.approx(1, abs=1e-3), path
-    assert {path.parent.name for path in root.glob("candidates/*/model.onnx")} >= {"original", "whole-int8"}
+    assert {path.parent.name for path in root.glob("candidates/*/model.onnx")} >= {"original", "cut50-int8"}
     assert (root / "report.html").read_text("utf-8").lstrip().lower().startswith("<!doctype html")
     assert not list(root.rglob("*.tmp"))
     assert not any((root / ".partial").iterdir())
@@ -97,20 +97,20 @@ def test_clusters_leave_scan_and_embed_alone(finished: Finished, copy: Path) -> 
 
 def test_a_missed_budget_redoes_compress_and_later_and_saves_the_best(finished: Finished, copy: Path) -> None:
     with pytest.raises(
-        BudgetNotReached, match=r"budget 'size<=0.001x' not reached: none of \d+ candidates meets it; size<=0.001x binds"
+        BudgetNotReached, match=r"budget 'macs<=0.001x' not reached: none of \d+ candidates meets it; macs<=0.001x binds"
     ) as caught:
-        again(finished, copy, budget="size<=0.001x", distil_steps=1)
+        again(finished, copy, budget="macs<=0.001x", distil_steps=1)
     assert caught.value.exit_code == 3
     run = caught.value.run
     assert run.ran[0] == "compress"
     assert set(run.ran) <= {"compress", "evaluate", "export", "report"}
     assert run.ran[-1] == "report"
     assert not run["compress"].met
-    assert "size<=0.001x" in run["report"].html or "size&lt;=0.001x" in run["report"].html, "the report says which budget was missed"
+    assert "macs&lt;=0.001x" in run["report"].html, "the report says which budget was missed"
     assert attar.predict(copy, [str(finished.data / "discs")])[0]["cluster"] >= 0
     done = subprocess.run(attar_command("report", copy, "--json"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 3
-    assert done.stderr.startswith("attar: budget 'size<=0.001x' not reached")
+    assert done.stderr.startswith("attar: budget 'macs<=0.001x' not reached")
     assert json.loads(done.stdout)["state"] == "done"
 
 
@@ -162,12 +162,12 @@ def test_a_kill_in_compress_then_the_same_command(finished: Finished, copy: Path
         (copy / "stages" / f"{name}.json").unlink()
     shutil.rmtree(copy / "candidates")
     command = command_of(finished, copy)
-    assert kill_at(command, lambda: any(copy.glob(".partial/compress-*/*cut50-int8")))
+    assert kill_at(command, lambda: any(copy.glob(".partial/compress-*/*cut50-distilled-float32")))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stderr.splitlines() if line.startswith("compress: ")]
     kept = {line.split()[1] for line in rows if line.endswith("kept")}
-    assert {"original", "whole-int8"} <= kept, "candidates finished before the kill are not built again"
+    assert {"original", "cut50-int8"} <= kept, "candidates finished before the kill are not built again"
     assert_same(copy, finished.root)
 
 

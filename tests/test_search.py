@@ -286,13 +286,13 @@ def test_minutes_become_seconds_and_steps_once(job: Make, tmp_path: Path) -> Non
     assert search.Search(feed, model, settings, late)._steps(model, network, "cut60", 1)[0] == 1
 
 
-def test_a_training_with_minutes_says_how_many_steps_it_took(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "pace", lambda *given: tuple(seconds / 10 for seconds in pace(*given)))  # ten times as fast as it is
+def test_a_training_with_minutes_says_how_many_steps_it_took(job: Make) -> None:
     given = job("fooled")
+    given.remember("minutes-cut60.json", {"seconds": 0.5, "steps": 2000, "later": 1.0})  # faster than any machine is
     front = hunt(given, "macs<=0.6x", distil_steps=None, minutes=0.1, distil_batch=8)
     trained = next(one for one in front.candidates if one.name == "cut60-distilled-float32")
     taken = trained.model.signals[-1]["step"]
-    assert 1 <= taken < given.recall("minutes-cut60.json")["steps"] / 2
+    assert 1 <= taken < 1000
     assert f"{taken:.0f} steps of" in trained.model.lineage[-1]
 
 
