@@ -251,6 +251,17 @@ def test_digits(tmp_path, digits):
     assert all(len(parent) == 1 for parent in parents)
 
 
+def test_held_out_items_of_a_tiny_folder_are_not_strange_but_a_stranger_is(tmp_path, digits):
+    """32 axes through 51 items leave every other item far outside."""
+    noise = np.random.default_rng(0).uniform(0, 16, (1, 64)).astype(np.float32)
+    split = ["train"] * 51 + ["test"] * 15
+    found = run(np.r_[digits[0][:65], noise], tmp_path, make_items(66, split=split), clusters=5)
+    outlier = found.column("outlier")
+    assert found.head.projection.shape == (64, 32), "clusters are found in all of them"
+    assert outlier[65] > 0.98
+    assert (outlier[:65] > 0.98).mean() < 0.04
+
+
 def test_table_head_and_medoids_agree(tmp_path, digits):
     values = digits[0][:600]
     items = make_items(600)

@@ -23,7 +23,6 @@ from attar.records import SPLITS, Candidate, Front, Head, Model, Preprocess
 from attar.stages.compress import bench, search
 from attar.stages.compress.bench import HEADER, PRECISIONS, ratios, row
 from attar.stages.compress.budget import parse_budget
-from attar.stages.compress.distil import pace
 from attar.stages.compress.feed import TensorFeed
 from attar.workspace import Job
 

@@ -51,6 +51,8 @@ def _groups(
 
 NOISE = 0.9
 """Least outlier score of what a density method calls noise: shown as strange, not dropped by the default cut unless it is also far."""
+PER_AXIS = 8
+"""Items an axis needs before what lies off the axes is told from chance: with fewer, a tenth to all of the held-out items look strange."""
 
 
 def _first_of(content: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -107,9 +109,12 @@ def cluster(items: Items, vectors: Vectors, settings: config.Cluster, job: Job) 
         head, said = _head(part, Head(mean=mean, projection=projection, centroids=centroids, temperature=1.0), points, labels, fitted)
         sample = np.sort(job.rng("separation").permutation(np.flatnonzero(fitted))[:SAMPLED])
         separated = separation(points[sample], labels[sample])
+    # Axes through nearly as many items as there are leave all others far outside: what counts as outside is what fewer axes leave.
+    sure = max(1, int(fitted.sum()) // PER_AXIS)
+    outside = residual.astype(np.float64) ** 2 + (points[:, sure:] ** 2).sum(1)
     # A floor of a tenth of the spread: when the space holds nearly everything, what is left outside it is rounding noise.
     spread = float(np.mean((points[fitted] ** 2).sum(1) + residual[fitted] ** 2))
-    residual = np.sqrt(residual.astype(np.float64) ** 2 + 0.01 * spread)
+    residual = np.sqrt(outside + 0.01 * spread)
     columns = {
         "id": items.ids(),
         "cluster": labels,
