@@ -17,8 +17,6 @@ from attar.stages.augment.reference import REACH, TO_RGB, TO_YCC, dct_matrix, qu
 from attar.stages.augment.words import add32, exponent, mantissa, scramble, upper24, xor32
 
 OPTIONS = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
-AT_ONCE = 3
-"""Pairs of taps that `_weighted` adds to a sum in one pass."""
 TILE = 32
 """Columns of what `jpeg` transforms at once."""
 PLAIN = np.tile(np.arange(256, dtype=np.uint8), (3, 1))
@@ -51,11 +49,11 @@ def alter(whole: Float32[np.ndarray, "3 height width"], spare: Float32[np.ndarra
 
 
 def gaussian_kernel(sigma: float) -> Float32[np.ndarray, " taps"]:
-    """The upper half of the kernel, from its centre on, filled up with zeros to one tap and a multiple of AT_ONCE."""
+    """The upper half of the kernel, from its centre on; a zero behind it where it has one tap beside the centre, since taps are added two or three at once."""
     reach = math.ceil(REACH * np.float32(sigma))
     taps = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(reach + 1)]  # so few that arrays would take longer
     total = taps[0] + 2 * sum(taps[1:])
-    return np.array([*(tap / total for tap in taps), *[0.0] * (-reach % AT_ONCE)], np.float32)
+    return np.array([*(tap / total for tap in taps), *[0.0] * (reach == 1)], np.float32)
 
 
 UNIT = gaussian_kernel(1.0)
@@ -136,15 +134,29 @@ def _weighted(values, start, first, kernel, out, at, width):
     """Sum of the runs of values that begin at start[first], start[first + 1], …, weighted by half a kernel."""
     reach, centre = len(kernel) - 1, kernel[0]
     middle = first + reach
+    m, j = np.uint64(start[middle]), 1
     if reach == 0:
         for i in range(width):
-            out[at + np.uint64(i)] = centre * values[np.uint64(start[middle] + i)]
-    for j in range(1, reach + 1, AT_ONCE):
-        tap_1, tap_2, tap_3 = kernel[j], kernel[j + 1], kernel[j + 2]
-        a, b, c = np.uint64(start[middle - j]), np.uint64(start[middle - j - 1]), np.uint64(start[middle - j - 2])
-        d, e, f = np.uint64(start[middle + j]), np.uint64(start[middle + j + 1]), np.uint64(start[middle + j + 2])
+            out[at + np.uint64(i)] = centre * values[m + np.uint64(i)]
+    while j <= reach:  # three pairs of taps in one pass, two where that comes out even: as many as leave the sums in registers
+        tap_1, tap_2 = kernel[j], kernel[j + 1]
+        a, b = np.uint64(start[middle - j]), np.uint64(start[middle - j - 1])
+        d, e = np.uint64(start[middle + j]), np.uint64(start[middle + j + 1])
+        if reach - j == 1 or reach - j == 3:
+            if j == 1:
+                for i in range(width):
+                    x = np.uint64(i)
+                    out[at + x] = centre * values[m + x] + (
+                        tap_1 * (values[a + x] + values[d + x]) + tap_2 * (values[b + x] + values[e + x])
+                    )
+            else:
+                for i in range(width):
+                    x = np.uint64(i)
+                    out[at + x] += tap_1 * (values[a + x] + values[d + x]) + tap_2 * (values[b + x] + values[e + x])
+            j += 2
+            continue
+        tap_3, c, f = kernel[j + 2], np.uint64(start[middle - j - 2]), np.uint64(start[middle + j + 2])
         if j == 1:
-            m = np.uint64(start[middle])
             for i in range(width):
                 x = np.uint64(i)
                 out[at + x] = centre * values[m + x] + (
@@ -160,6 +172,7 @@ def _weighted(values, start, first, kernel, out, at, width):
                     + tap_2 * (values[b + x] + values[e + x])
                     + tap_3 * (values[c + x] + values[f + x])
                 )
+        j += 3
 
 
 @njit(**OPTIONS)
