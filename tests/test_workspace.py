@@ -268,6 +268,12 @@ def test_the_run_of_other_data_is_refused(root: Path, work: Path) -> None:
     assert tables(root) == before
 
 
+def test_a_mistyped_name_of_the_data_does_not_take_the_folder(root: Path, work: Path) -> None:
+    with Workspace(root, made_stages.stages(work)) as space:
+        space.claim("mdae", {})
+    assert run(root, work) == ALL
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", "\udcff"])
 def test_a_damaged_mark_is_refused(text: str, root: Path, work: Path) -> None:
     run(root, work)

@@ -289,11 +289,11 @@ class Workspace:
         self._lock.close()  # closing releases the lock, as does a kill
 
     def claim(self, data: str, settings: Mapping[str, Any]) -> None:
-        """Marks the folder as a run of this data; refuses the folder of another data set."""
+        """Marks the folder as a run of this data; refuses the folder of another data set of which anything was done."""
         marker = self.root / "run.json"
         if marker.exists():
             held = self._marked(marker)
-            if held != data:
+            if held != data and any(any(self.root.glob(kept)) for kept in ("stages/*.json", ".partial/*/*")):
                 raise UsageError(f"{self.root}: is a run of {held}, not of {data}; choose another folder with --out")
         with _disk(self.root):
             self._write("run.json", {"data": data, "attar": __version__})
