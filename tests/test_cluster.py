@@ -19,7 +19,7 @@ from sklearn.metrics import adjusted_rand_score
 from attar import config, records
 from attar.errors import DataError, UsageError
 from attar.stages.cluster.cluster import cluster
-from attar.stages.cluster.count import candidate_counts, score_count, separation
+from attar.stages.cluster.count import best_count, candidate_counts, score_count, separation
 from attar.stages.cluster.density import density_groups, neighbour_distances, outlier_scores
 from attar.stages.cluster.kmeans import fit_centroids
 from attar.stages.cluster.space import head_probabilities, principal_axes, project, squared_distances, unit
@@ -231,13 +231,29 @@ def test_the_number_of_blobs_is_found(tmp_path, natural):
     assert max(found.curve, key=lambda row: row["score"])["k"] == natural
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({2: 0.51, 3: 0.584, 4: 0.54, 8: 0.564, 9: 0.55, 10: 0.581, 11: 0.566}, 10),  # MNIST, a seed: groups of groups are as natural
+        ({2: 0.4, 3: 0.584, 4: 0.54, 9: 0.5, 10: 0.55, 11: 0.5}, 3),
+        ({2: 0.1, 3: 0.5, 4: 0.499, 5: 0.498}, 3),  # no peak of their own
+        ({2: 0.0, 3: 0.0, 4: 0.0}, 2),
+        ({2: 0.1, 3: 0.2, 4: 0.3}, 4),
+        ({2: 0.3}, 2),
+    ],
+)
+def test_of_equal_peaks_the_finest_is_the_number_of_clusters(scores: dict[int, float], best: int) -> None:
+    rows = [{"k": k, "score": score} for k, score in scores.items()]
+    assert best_count(rows) == best_count(rows[::-1]) == best
+
+
 def test_digits(tmp_path, digits):
     values, truth = digits
     rng = np.random.default_rng(0)
     noise = rng.uniform(0, 16, (10, 64)).astype(np.float32)
     found = run(np.r_[values, noise], tmp_path, max_clusters=16)
     assert 8 <= found.count <= 13
-    assert found.count == max(found.curve, key=lambda row: (row["score"], -row["k"]))["k"]
+    assert found.count == best_count(found.curve)
     assert adjusted_rand_score(found.column("cluster")[:1797], truth) > 0.5
     assert found.separation == pytest.approx(0.2, abs=0.05)
     outlier = found.column("outlier")

@@ -16,7 +16,18 @@ from test_curate import decide, make_clusters
 from attar import config
 from attar.errors import UsageError
 from attar.stages.curate import coreset
-from attar.stages.curate.coreset import METHODS, cells, condense, core_set, coverage, farthest_first, proportional, stand_for, water_fill
+from attar.stages.curate.coreset import (
+    IN_PROPORTION,
+    METHODS,
+    cells,
+    condense,
+    core_set,
+    coverage,
+    farthest_first,
+    proportional,
+    stand_for,
+    water_fill,
+)
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -101,6 +112,34 @@ def test_the_hierarchy_keeps_more_of_small_groups_than_their_share() -> None:
     assert np.mean([(own > 0).sum() for own in kept]) > 30  # their share would be 13
 
 
+def test_strata_keep_one_of_copies_and_their_share_of_everything_else() -> None:
+    rng = np.random.default_rng(0)
+    seen, copied = rng.normal(size=(400, 8)), rng.normal(size=(100, 8))
+    points = np.r_[seen, np.repeat(copied, 6, 0) + 0.02 * rng.normal(size=(600, 8))].astype(np.float32)
+    source = np.r_[np.arange(400), np.repeat(np.arange(400, 500), 6)]
+    nearest = METHODS["stratified"](points, 500, 0, np.random.default_rng(1))
+    kept = np.unique(nearest)
+    at_random = np.unique(source[rng.permutation(1000)[:500]])
+    assert len(kept) == 500
+    assert len(np.unique(source[kept])) > len(at_random) + 50
+    weight = np.bincount(nearest)[kept]
+    assert (weight <= 3).all(), "in each stratum all stand for two, or one for one more than another"
+    means = [points[rows].mean(0) for rows in (kept, rng.permutation(1000)[:500])]
+    off = [np.linalg.norm(mean - np.average(points, 0)) for mean in means]
+    assert off[0] < 2 * off[1], "the kept ones lie as all do"
+
+
+def test_what_is_apart_is_drawn_at_random_and_the_rest_by_distance() -> None:
+    distance = cdist(x := np.array([[0.0], [0.01], [5], [9], [14], [14.1]]), x)
+    drawn = [coreset._spread(distance, 4, np.random.default_rng(seed)).tolist() for seed in range(40)]
+    assert all(len(set(one) & {0, 1}) == len(set(one) & {4, 5}) == 1 for one in drawn), "never both of a pair"
+    assert len({tuple(sorted(one)) for one in drawn}) == 4, "either of a pair"
+    assert sorted(coreset._spread(distance, 5, np.random.default_rng(0))[4:]) in ([4], [5]), (
+        "the farther of the repeats is the first to be added"
+    )
+    assert coreset._shared_out(distance, np.array([0, 4])).tolist() == [0, 0, 0, 4, 4, 4]
+
+
 def test_cells_are_small_and_near(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coreset, "CELL", 50)
     points = np.r_[cloud(1)[0], np.ones((500, 4), np.float32)]  # and as many equal ones, which no centroids part
@@ -133,7 +172,7 @@ def test_size_balance_and_weights_hold(tmp_path_factory: pytest.TempPathFactory,
     assert (nearest[kept] == kept).all()
     assert (labels[nearest] == labels).all()
     assert set(labels[kept]) == {0, 1, 2}
-    if method != "random":
+    if method not in IN_PROPORTION:
         assert np.bincount(labels[kept]).tolist() == water_fill(np.array([300, 40, 3]), max(total, 3)).tolist()
 
 
@@ -158,7 +197,7 @@ def test_the_most_is_asked_of_one_cell_and_the_least_of_many(monkeypatch: pytest
     assert len(kept) == 5
     distances = cdist(points, points[kept])
     empty = np.flatnonzero(cells(points, np.random.default_rng(0)) >= 5)  # of cells that keep none: the nearest of the cluster
-    if method != "random":
+    if method not in IN_PROPORTION:
         np.testing.assert_allclose(distances[empty].min(1), np.linalg.norm(points[empty] - points[few[empty]], axis=1), atol=1e-6)
 
 
@@ -200,7 +239,7 @@ def test_a_number_of_items_is_kept_and_its_cover_is_told(tmp_path: Path, method:
     ("given", "told"),
     [
         ({"keep_items": 0}, "keep_items: 0; expected at least 1"),
-        ({"core_method": "best"}, "core_method: 'best'; expected k-centre, density, hierarchical or random"),
+        ({"core_method": "best"}, "core_method: 'best'; expected stratified, hierarchical, k-centre, density or random"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given: dict[str, object], told: str) -> None:

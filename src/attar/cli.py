@@ -19,7 +19,7 @@ STAGES = {
     "scan": "read every item, set aside what is broken, split by content",
     "embed": "turn items into vectors, with a given model or one learned from them",
     "cluster": "group the vectors",
-    "curate": "find duplicates, outliers and a balanced core set",
+    "curate": "find duplicates, outliers and a core set",
     "augment": "find how strongly items can be transformed",
     "train": "settle the original that is compressed",
     "compress": "prune, repair, distil and quantise to the budget",

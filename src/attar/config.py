@@ -218,11 +218,11 @@ FLAGS = ("blank", "blurred", "dark", "glaring", "odd size", "odd shape")
 @dataclass(frozen=True, kw_only=True)
 class Curate:
     keep_share: float = 1.0
-    """Share of the training items, after duplicates and outliers, that the balanced core set keeps."""
+    """Share of the training items, after duplicates and outliers, that the core set keeps."""
     keep_items: int | None = None
     """Number of training items that the core set keeps, at least one of every cluster; overrides `keep_share`."""
-    core_method: str = "hierarchical"
-    """How the core set is drawn from each cluster: "k-centre" (greedy cover), "density" (dense places thinned), "hierarchical" (k-means of k-means, evenly) or "random" (in proportion to size, for comparison)."""
+    core_method: str = "stratified"
+    """How the core set is drawn from each cluster: "stratified" (the same share of every small group, copies last), "hierarchical" (k-means of k-means, evenly), "k-centre" (greedy cover), "density" (dense places thinned) or "random" (in proportion to size, for comparison)."""
     near_duplicate: float = 0.97
     """Two items are near duplicates when both the cosine similarity of their vectors and the correlation of their 16 × 16 thumbnails reach this."""
     outlier_cut: float = 0.98
@@ -235,8 +235,8 @@ class Curate:
             yield f"keep_share: {self.keep_share}; expected above 0, at most 1"
         if not _between(self.keep_items, 1, 10**9):
             yield f"keep_items: {self.keep_items}; expected at least 1"
-        if self.core_method not in ("k-centre", "density", "hierarchical", "random"):
-            yield f"core_method: {self.core_method!r}; expected k-centre, density, hierarchical or random"
+        if self.core_method not in ("stratified", "hierarchical", "k-centre", "density", "random"):
+            yield f"core_method: {self.core_method!r}; expected stratified, hierarchical, k-centre, density or random"
         if not (0.5 <= self.near_duplicate <= 1):
             yield f"near_duplicate: {self.near_duplicate}; expected 0.5 to 1"
         if not (0 <= self.outlier_cut <= 1):

@@ -1,4 +1,4 @@
-"""Core sets: fewer items that stand for many, in balance over the clusters, each with the items it stands for.
+"""Core sets: fewer items that stand for many, each with the items it stands for.
 
 Whatever the method, clusters are first cut into cells of at most CELL items, and only items of one cell are compared: time grows with n · CELL and
 memory with n, so a million items are minutes.
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
@@ -23,6 +24,8 @@ from attar.workspace import Job
 
 CELL = 4096  # items compared with each other: a table of 128 MB at most
 LEAF = 16  # items of a cell's smallest groups, on average
+STRATUM = 8  # items that a stratum keeps, on average
+APART = 0.5  # of the middle distance in a stratum: what lies nearer to a kept item is as good as a copy of it
 LOOKED_AT = 2000  # items whose distance to the nearest kept one is measured
 DRAWS = 3  # random subsets that a core set's cover is compared with
 
@@ -126,11 +129,62 @@ def _by_hierarchy(points: Points, count: int, start: int, rng: np.random.Generat
     return stand_for(points, np.sort(np.concatenate(kept)))
 
 
+def _by_strata(points: Points, count: int, start: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
+    """As large a share of each small group as of all, drawn at random but for what nearly repeats an item already drawn, which comes last.
+
+    Stratified sampling (Neyman 1934) with a least distance inside a stratum, as Poisson discs have it (random sequential addition, Widom 1966): the
+    kept ones lie as all do, so that they stand for equally many. Each stands for what is near it in its stratum, none for two more than another.
+    """
+    strata = _members(cells(points, rng, min(CELL, max(2, round(2 * STRATUM * len(points) / count)))))
+    nearest = np.full(len(points), -1)
+    for rows, quota in zip(strata, proportional(np.array([len(rows) for rows in strata]), count).tolist()):
+        if quota:
+            distance = cdist(points[rows], points[rows])
+            kept = np.sort(_spread(distance, quota, rng))
+            nearest[rows] = rows[_shared_out(distance, kept)]
+    left, kept = nearest < 0, np.unique(nearest[nearest >= 0])
+    return np.where(left, stand_for(points, kept), nearest)
+
+
+def _spread(distance: Float[np.ndarray, "m m"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " count"]:
+    """Rows drawn at random that lie APART times the median distance or more from each other; where those are too few, the farthest of the rest."""
+    least = APART * np.median(distance[np.triu_indices(len(distance), 1)]) if len(distance) > 1 else 0.0
+    reach, kept = np.full(len(distance), np.inf), []
+    for row in rng.permutation(len(distance)):
+        if len(kept) < count and reach[row] >= least:
+            kept.append(row)
+            reach = np.minimum(reach, distance[row])
+    reach[kept] = -1
+    while len(kept) < count:
+        kept.append(int(reach.argmax()))
+        reach = np.minimum(reach, distance[kept[-1]])
+        reach[kept[-1]] = -1
+    return np.array(kept)
+
+
+def _shared_out(distance: Float[np.ndarray, "m m"], kept: Int[np.ndarray, " q"]) -> Int[np.ndarray, " m"]:
+    """Kept row that stands for each: as equally many each as can be, at the least sum of distances (linear assignment)."""
+    nearest = np.arange(len(distance))
+    others = np.delete(nearest, kept)
+    most = -(-len(others) // len(kept))
+    row, place = linear_sum_assignment(np.repeat(distance[np.ix_(others, kept)], most, axis=1))
+    nearest[others[row]] = kept[place // most] if most else kept[:0]
+    return nearest
+
+
 def _at_random(points: Points, count: int, start: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
     return stand_for(points, np.sort(rng.permutation(len(points))[:count]))
 
 
-METHODS: dict[str, Method] = {"k-centre": _k_centre, "density": _by_density, "hierarchical": _by_hierarchy, "random": _at_random}
+METHODS: dict[str, Method] = {
+    "stratified": _by_strata,
+    "hierarchical": _by_hierarchy,
+    "k-centre": _k_centre,
+    "density": _by_density,
+    "random": _at_random,
+}
+IN_PROPORTION = ("stratified", "random")
+"""Methods by which clusters keep the same share; by the others as many as each other where they can."""
 
 
 def _k_means(points: Points, k: int, rng: np.random.Generator) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, "k p"]]:
@@ -147,20 +201,20 @@ def _members(labels: Int[np.ndarray, " m"]) -> list[Int[np.ndarray, " own"]]:
     return np.split(order, np.cumsum(np.bincount(labels))[:-1])
 
 
-def cells(points: Points, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
-    """Number of the cell of each point: parts of at most CELL points by k-means of a sample, again where one is larger."""
-    found, waiting, number = np.zeros(len(points), np.int64), [np.arange(len(points))], 0
+def cells(points: Points, rng: np.random.Generator, most: int | None = None) -> Int[np.ndarray, " m"]:
+    """Number of the cell of each point: parts of at most so many points (CELL) by k-means of a sample, again where one is larger."""
+    found, waiting, number, most = np.zeros(len(points), np.int64), [np.arange(len(points))], 0, most or CELL
     while waiting:
         rows = waiting.pop()
-        if len(rows) <= CELL:
+        if len(rows) <= most:
             found[rows] = number
             number += 1
             continue
         sample = points[np.sort(rng.choice(rows, 4 * CELL, replace=False) if len(rows) > 4 * CELL else rows)]
-        _, centroids = _k_means(sample, min(64, -(-2 * len(rows) // CELL)), rng)
+        _, centroids = _k_means(sample, min(64, -(-2 * len(rows) // most)), rng)
         part = np.concatenate([cdist(block, centroids, "sqeuclidean").argmin(1) for block in _blocks(points[rows])])
         if np.bincount(part).max() > 0.9 * len(rows):  # mostly equal points, which no centroids part
-            part = np.argsort(np.argsort(points[rows, 0], kind="stable")) // CELL
+            part = np.argsort(np.argsort(points[rows, 0], kind="stable")) // most
         waiting.extend(rows[part == one] for one in np.unique(part)[::-1])
     return found
 
@@ -169,7 +223,7 @@ def condense(points: Points, count: int, distance: Float[np.ndarray, " m"], meth
     """Row of the kept point that stands for each of one cluster's points, `count` ≥ 1 of which are kept.
 
     `distance` to the cluster's centre tells which is the most central. The kept point is the nearest of the cell, or of the cluster for cells that
-    keep none. Cells, as clusters, keep as many as each other where they can; at random, in proportion to their size.
+    keep none. Cells, as clusters, keep as many as each other where they can; in proportion to their size by a method of IN_PROPORTION.
     """
     parts = _members(cells(points, rng))
     quotas = _fill(method)(np.array([len(rows) for rows in parts]), count)
@@ -190,7 +244,7 @@ def _condensed(*asked: Any) -> pa.Table:
 
 
 def _fill(method: str) -> Callable[[np.ndarray, int], np.ndarray]:
-    return proportional if method == "random" else water_fill
+    return proportional if method in IN_PROPORTION else water_fill
 
 
 def core_set(
