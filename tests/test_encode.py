@@ -104,6 +104,55 @@ def test_streams_share_weights_and_nothing_else(monkeypatch: pytest.MonkeyPatch)
     torch.set_num_threads(before)
 
 
+def test_a_compiled_network_gives_the_same_vectors_on_any_number_of_threads(items: Items, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, before = network(), items.ids(), torch.get_num_threads()
+    with Loader(items, PREPROCESS) as loader:
+        expected = encode.encode(model, PREPROCESS, loader, ids, lambda count: None)
+        found = []
+        for threads in (1, 3, 20):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            made = encode.compiled(model, PREPROCESS, encode.WORTH)
+            assert isinstance(made, encode.Compiled)
+            found.append(encode.encode(made, PREPROCESS, loader, ids, lambda count: None))
+            monkeypatch.undo()
+            torch.set_num_threads(before)
+    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    assert (found[0] == found[1]).all()
+    np.testing.assert_allclose(found[2], expected, atol=1e-3)
+
+
+class Deciding(nn.Module):
+    """Does in Python what the values ask for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2) if float(x.abs().sum()) == 0 else x.flatten(2).amax(2)
+
+
+class Foreign(nn.Module):
+    """Leaves torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.sort(x.numpy().reshape(len(x), -1))[:, :4].copy())
+
+
+@pytest.mark.parametrize("body", [Deciding(), Foreign()])
+def test_what_cannot_be_compiled_stays_as_it_is(body: nn.Module) -> None:
+    body.weight = nn.Parameter(torch.ones(1))
+    model = Network(body)
+    assert encode.compiled(model, PREPROCESS, 10**6) is model
+
+
+def test_few_items_and_large_or_frozen_models_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    assert encode.compiled(model, PREPROCESS, encode.WORTH - 1) is model
+    monkeypatch.setattr(encode, "LARGE", 5)
+    assert encode.compiled(model, PREPROCESS, encode.WORTH) is model
+    monkeypatch.undo()
+    frozen = network()
+    frozen.session = object()  # type: ignore[assignment]
+    assert encode.compiled(frozen, PREPROCESS, encode.WORTH) is frozen
+
+
 def test_what_fails_reaches_the_caller(items: Items) -> None:
     class Failing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +109,22 @@ def end_with(body: nn.Module, layer: str | None, width: int, outputs: int) -> nn
     made = nn.Identity() if not outputs else nn.Conv2d(width, outputs, 1) if convolves else nn.Linear(width, outputs)
     body.set_submodule(layer, made)
     return body
+
+
+def to_onnx(module: nn.Module, example: Tensor, path: Path, taken: str, outputs: Sequence[str]) -> None:
+    """A module as an ONNX file with one input and any number of items; traced, so what it decides in Python is as for the example."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # tracer warnings about Python values that are constant here: the size is fixed
+        torch.onnx.export(
+            module.eval(),
+            (example,),
+            str(path),
+            dynamo=False,  # one second instead of ten, readable node names, no further package
+            opset_version=17,
+            input_names=[taken],
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "items"} for name in (taken, *outputs)},
+        )
 
 
 class Shipped(nn.Module):

@@ -23,7 +23,7 @@ from attar.scale.local import Tick
 from attar.stages import again
 from attar.stages.augment.policy import starting_policy
 from attar.stages.compress.distil import live_norms
-from attar.stages.encode import encode
+from attar.stages.encode import compiled, encode
 from attar.stages.signals import closing
 from attar.stages.train import default_steps, learn, retrieval
 from attar.workspace import Job
@@ -124,7 +124,8 @@ class Encoding:
     @contextmanager
     def open(self, workers: int) -> Iterator[Callable[[np.ndarray, Tick], pa.Table]]:
         """The function of one shard."""
-        network, preprocess = self.network or sources.network(self.model), self.model.preprocess
+        preprocess = self.model.preprocess
+        network = compiled(self.network or sources.network(self.model), preprocess, len(self.items))
         with Loader(self.items, preprocess, workers=workers) as loader:
             yield lambda ids, tick: formats.shard_table(ids, encode(network, preprocess, loader, ids, tick))
 

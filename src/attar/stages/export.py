@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from attar import __version__
 from attar.modalities.image import Loader
 from attar.models import sources
-from attar.models.network import Shipped
+from attar.models.network import Shipped, to_onnx
 from attar.records import Evidence, Export, Front, Items, Model
 from attar.runtime import DEFAULT, open_session, outputs, where
 from attar.stages.encode import as_input
@@ -36,22 +35,10 @@ def write_onnx(model: Model, path: Path) -> None:
     if model.source["kind"] == "onnx":
         shutil.copyfile(model.source["path"], path)
         return
-    shipped = Shipped(sources.network(model), model.head).eval()  # type: ignore[arg-type]
+    shipped = Shipped(sources.network(model), model.head)  # type: ignore[arg-type]
     example = sources.example_input(model, 2)
-    taken = "image" if example.dim() == 4 else "input"
     names = ["embedding", "cluster_probabilities", *(["logits"] if model.classes else [])]
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracer warnings about Python values that are constant here: the size is fixed
-        torch.onnx.export(
-            shipped,
-            (example,),
-            str(path),
-            dynamo=False,  # one second instead of ten, readable node names, no further package
-            opset_version=17,
-            input_names=[taken],
-            output_names=names,
-            dynamic_axes={name: {0: "items"} for name in (taken, *names)},
-        )
+    to_onnx(shipped, example, path, "image" if example.dim() == 4 else "input", names)
 
 
 def export(items: Items, model: Model, front: Front, evidence: Evidence, job: Job, names: Mapping[int, str] | None = None) -> Export:

@@ -130,13 +130,13 @@ def count_clusters(
         return 2, [], f"{name}, 2 clusters: {distinct} different training items and max_clusters {settings.max_clusters} leave no choice"
     train, other = samples(items, fitted, FITTED if fit is kmeans else SAMPLED, job)
     k, curve = _choose(points[train], points[other], most, fit, job)
-    score = next(row for row in curve if row["k"] == k)
+    score, top = next(row for row in curve if row["k"] == k), max(curve, key=lambda row: row["score"])
+    finer = score["score"] < top["score"]
     method = (
-        f"{name}, {k} clusters: of 2 to {most} the best score {score['score']:.2f}, the geometric mean of "
+        f"{name}, {k} clusters: of 2 to {most} {'a score of' if finer else 'the best score'} {score['score']:.2f}, the geometric mean of "
         f"silhouette {score['silhouette']:.2f} and stability {score['stability']:.2f} (agreement of fits to halves of the data)"
     )
-    top = max(curve, key=lambda row: row["score"])
-    if top["score"] > score["score"]:
+    if finer:
         method += f"; {top['k']:.0f} clusters do no better by more than chance ({top['score']:.2f}), and of equals the finer are taken"
     if score["stability"] < 0.2:
         method += "; no clear groups: those fits hardly agree, so take the clusters as a partition of convenience"

@@ -149,7 +149,7 @@ def _by_strata(points: Points, count: int, start: int, rng: np.random.Generator)
 def _spread(distance: Float[np.ndarray, "m m"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " count"]:
     """Rows drawn at random that lie APART times the median distance or more from each other; where those are too few, the farthest of the rest."""
     least = APART * np.median(distance[np.triu_indices(len(distance), 1)]) if len(distance) > 1 else 0.0
-    reach, kept = np.full(len(distance), np.inf), []
+    reach, kept = np.full(len(distance), np.inf), list[int]()
     for row in rng.permutation(len(distance)):
         if len(kept) < count and reach[row] >= least:
             kept.append(row)
