@@ -30,7 +30,7 @@ from PIL import Image
 from runtimes import Runtime, take_turns
 
 PEERS = Path(__file__).with_name("embedding_peers.py")
-SIDES = ("model", "model-alone", "attar", "decoding", "pipeline", "dataloader")
+SIDES = ("model", "model-torch", "model-alone", "attar", "decoding", "pipeline", "dataloader")
 PARTS = {"small": None, "large": 0.0, "grainy": 3.0}
 GOAL, MEGAPIXELS = 0.9, 12
 

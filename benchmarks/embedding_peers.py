@@ -1,11 +1,11 @@
 """Photos to vectors in a process of its own, asked in JSON lines (runtimes.py has the asking side); benchmarks/embedding.py compares them.
 
-    python embedding_peers.py model|model-alone|attar|decoding|pipeline|dataloader CORES MODEL
+    python embedding_peers.py model|model-torch|model-alone|attar|decoding|pipeline|dataloader CORES MODEL
 
 MODEL is a transformers folder. Every side has CORES cores and as many threads or workers, and gives the pooled embedding of every photo of a folder.
 
-- model: attar's network alone, on input that lies ready in memory, a batch on each core as attar computes them: what loading is to keep up with.
-- model-alone: the same, one batch after the other, by torch's own threads.
+- model: attar's network alone, compiled as attar compiles it, on input that lies ready in memory, a batch on each core: what loading is to keep up with.
+- model-torch: the same by torch. model-alone: by torch, one batch after the other, on its own threads.
 - attar: its stage embed, from files to vectors. decoding: the reading and decoding of it alone.
 - pipeline: transformers' image-feature-extraction pipeline with Pillow's processor, on files.
 - dataloader: what is written by hand: Pillow in a torch DataLoader with a worker per core, the same transformers model.
@@ -55,8 +55,17 @@ def attar_passes(model: str, cores: int) -> dict[str, Pass]:
             known[folder] = items, found.preprocess, sources.network(found)
         return known[folder]
 
+    fast: dict[Path, Any] = {}
+
+    def compiled(folder: Path) -> Any:
+        _, preprocess, network = items_of(folder)
+        if folder not in fast:
+            fast[folder] = encode.compiled(network, preprocess, encode.WORTH)  # the few photos stand for many
+        return fast[folder]
+
     def attar(folder: Path) -> int:
-        items, preprocess, network = items_of(folder)
+        items, preprocess, _ = items_of(folder)
+        network = compiled(folder)
         with Loader(items, preprocess, workers=cores) as loader:
             made = encode.encode(network, preprocess, loader, items.ids(), lambda count: None)
         assert np.isfinite(made).all()
@@ -74,9 +83,9 @@ def attar_passes(model: str, cores: int) -> dict[str, Pass]:
             made = [encode.as_input(loader.batch(items.ids()[start : start + size]), preprocess) for start in range(0, READY * size, size)]
         return network, [batch for batch in made if len(batch)], len(items)
 
-    def model_pass(folder: Path) -> int:
-        network, made, count = inputs(folder)
-        done = 0
+    def model_pass(folder: Path, network: Any = None) -> int:
+        plain, made, count = inputs(folder)
+        network, done = network or plain, 0
         with encode.streams(network) as (pool, free):
 
             def compute(batch: Any) -> int:
@@ -109,7 +118,13 @@ def attar_passes(model: str, cores: int) -> dict[str, Pass]:
             lying[folder] = ready(folder)
         return lying[folder]
 
-    return {"attar": attar, "decoding": decoding, "model": model_pass, "model-alone": alone}
+    return {
+        "attar": attar,
+        "decoding": decoding,
+        "model": lambda folder: model_pass(folder, compiled(folder)),
+        "model-torch": model_pass,
+        "model-alone": alone,
+    }
 
 
 def files_of(folder: Path) -> list[str]:
