@@ -142,8 +142,9 @@ def _by_strata(points: Points, count: int, start: int, rng: np.random.Generator)
             distance = cdist(points[rows], points[rows])
             kept = np.sort(_spread(distance, quota, rng))
             nearest[rows] = rows[_shared_out(distance, kept)]
-    left, kept = nearest < 0, np.unique(nearest[nearest >= 0])
-    return np.where(left, stand_for(points, kept), nearest)
+    if (nearest < 0).any():
+        nearest = np.where(nearest < 0, stand_for(points, np.unique(nearest[nearest >= 0])), nearest)
+    return nearest
 
 
 def _spread(distance: Float[np.ndarray, "m m"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " count"]:
