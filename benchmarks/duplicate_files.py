@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", help="Python with imagededup and fastdup")
-    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--only", nargs="+", metavar="TOOL", help='"attar", "attar, parts", "imagededup PHash", …; default: all')
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     peer = given.peers or sys.executable
@@ -130,6 +130,8 @@ def main() -> None:
         "imagededup CNN": (peer, IMAGEDEDUP.format(method="CNN", workers=0, options="")),
         "fastdup": (peer, FASTDUP),
     }
+    if unknown := set(given.only or ()) - set(tools):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: not among {', '.join(tools)}")
     rows = []
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home) / "images"
@@ -142,11 +144,13 @@ def main() -> None:
                 continue
             row = measure(python, code, folder, given.threads, Path(home))
             if "failed" in row:
-                print(f"{name:18} failed: {row['failed']}")
+                print(f"{name:18} failed: {row['failed']}", flush=True)
             else:
                 row |= judge(row.pop("found"), truth)
                 kinds = " ".join(f"{row[kind]:>11.3f}" for kind in KINDS)
-                print(f"{name:18} {row['seconds']:>8} {row['peak_mb']:>8} {kinds} {row['recall']:>7.3f} {row['precision']:>9.3f}")
+                print(
+                    f"{name:18} {row['seconds']:>8} {row['peak_mb']:>8} {kinds} {row['recall']:>7.3f} {row['precision']:>9.3f}", flush=True
+                )
             rows.append({"tool": name, **row})
     record(given, files=count, rows=rows)
 
