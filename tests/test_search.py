@@ -295,6 +295,14 @@ def test_a_training_with_minutes_says_how_many_steps_it_took(job: Make) -> None:
     assert f"{taken:.0f} steps of" in trained.model.lineage[-1]
 
 
+def test_minutes_are_not_spent_where_fewer_bits_are_enough(job: Make) -> None:
+    given = job()
+    front = hunt(given, "size<=0.95x", minutes=5)
+    assert front.met
+    assert {one.name for one in front.candidates} <= {"whole-float16", "whole-int8"}
+    assert "the whole model in fewer bits meets the budget, so nothing is cut, and the minutes are not needed" in given.notes
+
+
 def test_without_minutes_steps_follow_from_sizes_alone(job: Make) -> None:
     given = job()
     feed, model = made_of(images(60), given)

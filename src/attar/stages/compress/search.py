@@ -90,11 +90,16 @@ class Search:
     def whole(self) -> bool:
         """The whole model in the smaller precisions, in float32 too where another runtime may gain; returns whether that is all the budget asks.
 
-        Where the budget bounds counts alone no precision of the whole can meet it, and none is made.
+        Then nothing is cut, minutes or not: what is as small by fewer weights agrees less. Where the budget bounds counts alone no precision of the
+        whole can meet it, and none is made.
         """
         if self.costs and all(constraint.metric in COUNTED for constraint in self.costs) and excess(self.costs, self.original.figures) > 1:
             return False
-        return self._enough(self._forms("whole", lambda: self.model, PRECISIONS[self.settings.runtime == DEFAULT :]))
+        made = self._forms("whole", lambda: self.model, PRECISIONS[self.settings.runtime == DEFAULT :])
+        enough = bool(self.costs and serving(made, self.constraints))
+        if enough and self.settings.minutes is not None:
+            self.job.say("the whole model in fewer bits meets the budget, so nothing is cut, and the minutes are not needed")
+        return enough
 
     def cut(self) -> None:
         """Cuts, the one or two that matter distilled."""
@@ -110,7 +115,8 @@ class Search:
         share = self._aim(cut, cutter.floor)
         untrained = self._forms(name_of(share), lambda: cut(share))
         asks_agreement = len(self.costs) < len(self.constraints)  # a bound on cost alone says nothing of quality: the cut is trained
-        if share < 1 and not (asks_agreement and self._enough(untrained)):
+        enough = asks_agreement and self.settings.minutes is None and serving(untrained, self.constraints)
+        if share < 1 and not enough:
             self._distil(cutter, cut, share, 1)
 
     def _times(self) -> dict[str, float] | None:
@@ -159,10 +165,6 @@ class Search:
                 self.job.say(f"{error}; left out")
         self.made += [candidate for candidate in found if candidate.name not in known]
         return found
-
-    def _enough(self, candidates: Sequence[Candidate]) -> bool:
-        """Whether one of them ends the search: it meets a budget that bounds a cost, and no time was given to do better in."""
-        return bool(self.costs and self.settings.minutes is None and serving(candidates, self.constraints))
 
     def _aim(self, cut: Callable[[float], Model], floor: float) -> float:
         """The largest share of the MACs at which an untrained cut, in one precision or another, meets the bounds on cost.
