@@ -246,7 +246,7 @@ def test_a_closed_stdout_is_not_a_failure(files: int, finished: Finished) -> Non
 
 def test_ctrl_c_then_the_same_command(photos: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    command = attar_command("embed", root, "--data", photos, "--self-steps", "150", "--self-width", "16", "--batch-size", "32")
+    command = attar_command("embed", root, "--data", photos, "--self-steps", "60", "--self-width", "16", "--batch-size", "32")
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background inherits a deaf ear
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
