@@ -14,6 +14,7 @@ MODEL is a transformers folder. Every side has CORES cores and as many threads o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -55,13 +56,10 @@ def attar_passes(model: str, cores: int) -> dict[str, Pass]:
             known[folder] = items, found.preprocess, sources.network(found)
         return known[folder]
 
-    fast: dict[Path, Any] = {}
-
+    @functools.cache
     def compiled(folder: Path) -> Any:
         _, preprocess, network = items_of(folder)
-        if folder not in fast:
-            fast[folder] = encode.compiled(network, preprocess, encode.WORTH)  # the few photos stand for many
-        return fast[folder]
+        return encode.compiled(network, preprocess, encode.WORTH)  # the few photos stand for many
 
     def attar(folder: Path) -> int:
         items, preprocess, _ = items_of(folder)

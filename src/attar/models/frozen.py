@@ -56,9 +56,11 @@ def find_ends(path: Path, output: str) -> Ends:
 class Frozen(Network):
     """An ONNX file as a Network: images → (embedding, logits or None). Where it has logits alone, they are the embedding too."""
 
-    def __init__(self, path: str | Path, ends: Ends) -> None:
+    def __init__(self, path: str | Path, ends: Ends, threads: int | None = None) -> None:
+        """`threads` inside an operator, by default all of torch's."""
         super().__init__(nn.Identity())
-        self.session, self.ends = open_session(path, torch.get_num_threads()), ends
+        self.threads = threads or torch.get_num_threads()
+        self.session, self.ends = open_session(path, self.threads), ends
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         embedding, logits = _named(outputs(self.session, x.detach().numpy()), self.ends)

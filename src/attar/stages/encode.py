@@ -16,9 +16,9 @@ from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor, nn
 
 from attar.modalities.image import Loader
+from attar.models.frozen import Ends, Frozen
 from attar.models.network import Network, to_onnx
 from attar.records import Preprocess
-from attar.runtime import open_session
 
 PIXELS = 2**18
 """Of a batch: what its layers make then stays near the processor. MobileNetV2 takes 16 ms a photo in batches of 4, 27 in 16, 52 in 64."""
@@ -55,20 +55,6 @@ def as_input(images: UInt8[np.ndarray, "n height width 3"], preprocess: Preproce
     return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
 
-class Compiled(nn.Module):
-    """A network's embeddings by ONNX Runtime, a batch on each thread: in such batches 1.2 (ViT-S) to 3 times (MobileNetV2) as fast as torch."""
-
-    def __init__(self, network: Network, example: Tensor) -> None:
-        super().__init__()
-        with tempfile.TemporaryDirectory(prefix="attar-") as folder:
-            file = Path(folder) / "encoder.onnx"
-            to_onnx(_Embedding(copy.deepcopy(network)), example, file, "image", ["embedding"])
-            self.session = open_session(file, torch.get_num_threads() // _count())
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return torch.from_numpy(self.session.run(None, {"image": x.contiguous().numpy()})[0]), None
-
-
 class _Embedding(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -79,39 +65,46 @@ class _Embedding(nn.Module):
         return embedding
 
 
-def compiled(network: Network, preprocess: Preprocess, items: int) -> Network | Compiled:
-    """The network compiled, where so many items repay it (WORTH), it is not LARGE, and the two give the same embeddings; else as it is."""
+def compiled(network: Network, preprocess: Preprocess, items: int) -> Network:
+    """The network's embeddings by ONNX Runtime, a batch on each thread: in such batches 1.2 (ViT-S) to 3 times (MobileNetV2) as fast as torch.
+
+    Where so many items repay it (WORTH), it is not LARGE, and the two give the same embeddings; else the network as it is.
+    """
     weights = sum(tensor.numel() for tensor in network.parameters())
-    if items < WORTH or hasattr(network, "session") or not 0 < weights <= LARGE:
+    if items < WORTH or isinstance(network, Frozen) or not 0 < weights <= LARGE:
         return network
     seen = torch.rand(3, 3, *preprocess.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:
-        made = Compiled(network, torch.zeros(2, 3, *preprocess.size))
-        with torch.inference_mode():
-            same = torch.allclose(made(seen)[0], network(seen)[0], rtol=SAME, atol=SAME * float(network(seen)[0].abs().mean()))
+        with tempfile.TemporaryDirectory(prefix="attar-") as folder, torch.inference_mode():
+            file = Path(folder) / "encoder.onnx"
+            to_onnx(_Embedding(copy.deepcopy(network)), torch.zeros(2, 3, *preprocess.size), file, "image", ["embedding"])
+            made = Frozen(file, Ends("embedding", "", softmax=False), _inside())
+            known = network(seen)[0]
+            same = torch.allclose(made(seen)[0], known, rtol=SAME, atol=SAME * float(known.abs().mean()))
     except Exception:  # the exporter and the runtime raise what they like at a model they cannot take, and torch takes it
         return network
     return made if same else network
 
 
-def _count() -> int:
-    """Batches that are computed at once."""
-    return min(torch.get_num_threads(), STREAMS)
+def _inside() -> int:
+    """Threads inside a batch: as many as leave STREAMS at once."""
+    threads = torch.get_num_threads()
+    return threads // min(threads, STREAMS)
 
 
 @contextmanager
-def streams(network: Network | Compiled) -> Iterator[tuple[ThreadPoolExecutor, list[Network | Compiled]]]:
-    """Threads that compute a batch each, and a network for each with the same weights: modules may keep things between their calls (one that is
-    compiled does not, and serves them all).
+def streams(network: Network) -> Iterator[tuple[ThreadPoolExecutor, list[Network]]]:
+    """Threads that compute a batch each, and a network for each with the same weights: modules may keep things between their calls. A file does
+    not, and serves as many as its own threads leave room for.
 
     A batch on a thread of its own never waits for others at every layer, as threads that share a batch do, and gives the same bits on any number
     of cores. With more than STREAMS cores, several share one.
     """
-    threads = torch.get_num_threads()
-    whole = isinstance(network, Compiled)
-    count = 1 if hasattr(network, "session") and not whole else _count()  # a frozen file brings its own threads
+    threads, file = torch.get_num_threads(), isinstance(network, Frozen)
+    inside = network.threads if isinstance(network, Frozen) else _inside()
+    count = min(max(threads // inside, 1), STREAMS)
     weights = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    networks = [network, *(network if whole else copy.deepcopy(network, dict(weights)) for _ in range(count - 1))]
+    networks = [network, *(network if file else copy.deepcopy(network, dict(weights)) for _ in range(count - 1))]
     try:
         with ThreadPoolExecutor(count, "attar-encode", torch.set_num_threads, (threads // count,)) as pool:
             yield pool, networks
@@ -120,7 +113,7 @@ def streams(network: Network | Compiled) -> Iterator[tuple[ThreadPoolExecutor, l
 
 
 def encode(
-    network: Network | Compiled, preprocess: Preprocess, loader: Loader, ids: Int[np.ndarray, " n"], tick: Callable[[int], object]
+    network: Network, preprocess: Preprocess, loader: Loader, ids: Int[np.ndarray, " n"], tick: Callable[[int], object]
 ) -> Float16[np.ndarray, "n d"]:
     """Embeddings of the items of some ids, in their order; `tick` is called with the number of items of each batch that is done."""
     size = batch_size(preprocess)

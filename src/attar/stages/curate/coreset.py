@@ -223,8 +223,8 @@ def cells(points: Points, rng: np.random.Generator, most: int | None = None) -> 
 def condense(points: Points, count: int, distance: Float[np.ndarray, " m"], method: str, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
     """Row of the kept point that stands for each of one cluster's points, `count` ≥ 1 of which are kept.
 
-    `distance` to the cluster's centre tells which is the most central. The kept point is the nearest of the cell, or of the cluster for cells that
-    keep none. Cells, as clusters, keep as many as each other where they can; in proportion to their size by a method of IN_PROPORTION.
+    `distance` to the cluster's centre tells which is the most central. The kept point is one of the cell, by most methods its nearest, or the
+    cluster's nearest for cells that keep none. Cells, as clusters, keep as many as each other where they can; in proportion to their size by a method of IN_PROPORTION.
     """
     parts = _members(cells(points, rng))
     quotas = _fill(method)(np.array([len(rows) for rows in parts]), count)

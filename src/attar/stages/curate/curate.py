@@ -337,7 +337,7 @@ def _drop_outliers(items: Items, clusters: Clusters, settings: config.Curate, de
 
 
 def _drop_redundant(vectors: Vectors, clusters: Clusters, settings: config.Curate, decisions: _Decisions, job: Job) -> None:
-    """Keeps a core set of the size asked for, at least one item of each cluster; the others have the nearest kept one."""
+    """Keeps a core set of the size asked for, at least one item of each cluster; each of the others has a kept one that stands for it."""
     rows = np.flatnonzero(decisions.train & decisions.standing)
     total = round(settings.keep_share * len(rows)) if settings.keep_items is None else settings.keep_items
     if total >= len(rows):
