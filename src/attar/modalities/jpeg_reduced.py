@@ -131,20 +131,22 @@ def _codes(table: bytes) -> UInt16[np.ndarray, "65536"] | None:
 
 
 class Tables(NamedTuple):
-    """What the next bits mean, by every table of a file; where they hold no whole coefficient, 0."""
+    """What the next bits mean, by every table of a file; where they hold no whole coefficient, 0.
+
+    In `first` one coefficient, as bits | value · 2¹⁶; in `skipped` as many as there are, as bits | how many · 2⁵; in `valued` one or two, as
+    bits | how many · 2⁵ | how many with the first · 2¹³ | first value · 2³² | second · 2⁴⁸. Zeros before a coefficient are counted with it.
+    """
 
     codes: UInt16[np.ndarray, "tables 65536"]  # _codes
-    first: Int32[np.ndarray, "tables 8192"]  # one coefficient: bits | value · 2¹⁶
-    skipped: Int16[np.ndarray, "tables 8192"]  # as many as there are: bits | coefficients · 2⁵
-    valued: Int64[
-        np.ndarray, "tables 2048"
-    ]  # one or two: bits | coefficients · 2⁵ | those of the first · 2¹³ | first value · 2³² | second · 2⁴⁸
+    first: Int32[np.ndarray, "tables 8192"]
+    skipped: Int16[np.ndarray, "tables 8192"]
+    valued: Int64[np.ndarray, "tables 2048"]
 
 
 @functools.lru_cache(maxsize=8)
 def _tables(specified: tuple[bytes, ...]) -> Tables:
     """Tables of the headers' descriptions; 1 ms, so those of a camera or program are kept."""
-    codes = np.stack([_codes(one) for one in specified])  # type: ignore[arg-type]
+    codes = np.stack([_codes(one) for one in specified])  # type: ignore[misc]
     made = Tables(
         codes,
         np.zeros((len(codes), 1 << BITS), np.int32),
