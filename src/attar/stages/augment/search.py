@@ -36,7 +36,7 @@ from attar.workspace import Job, Stage, Workspace
 WIDTH, BUILT_FOR, BATCH, RATE, TEMPERATURE = 8, 64, 64, 2e-3, 0.2
 """The encoders of the search: channels of the first stage, the side they are built for (its strided stem costs a third of one at full resolution, so
 that as much time trains three times as many steps), items of a batch, peak learning rate, temperature of the loss."""
-LEARNED_FROM, JUDGED_ON, FEWEST = 4096, 512, 24
+LEARNED_FROM, JUDGED_ON, FEWEST = 4096, 1024, 24
 """Most items learned from, most and fewest held-out items judged on."""
 STEPS, LEAST = 150, 20
 """Steps of one encoder where no budget is given, and the fewest that tell anything."""
