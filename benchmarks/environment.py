@@ -19,10 +19,15 @@ def environment() -> dict[str, object]:
 
 
 def _named(value: Any) -> Any:
-    """A setting without the folders of a path, also of one in a string as FILE.py:BUILDER."""
+    """A setting without the folders of a path, also of those in strings, as FILE.py:BUILDER and NAME=PATH."""
+    if isinstance(value, list):
+        return [_named(one) for one in value]
     if isinstance(value, Path):
         return value.name
-    return value.rpartition(os.sep)[2] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")
+    return name + equals + path.rpartition(os.sep)[2]
 
 
 def record(given: argparse.Namespace, **found: Any) -> None:

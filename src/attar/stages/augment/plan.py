@@ -166,7 +166,8 @@ def _strengths(dials: Sequence[Mapping[str, Dial]], uniforms: np.ndarray, pick: 
         share = np.where((order <= last) & (share > 0), 1.0, 0.0)
     amount = np.where(gates < share, strength[which], 0.0)
     found = np.where(named[which][:, _OWN], amount[:, _OWN], amount[:, _FAMILY])
-    return {name: found[:, column] for column, (name, drawn) in enumerate(zip(TRANSFORMS, found.any(0))) if drawn}
+    drawn = np.flatnonzero(found.any(0)).tolist()
+    return {name: found[:, column] for column, name in enumerate(TRANSFORMS) if column in drawn}
 
 
 def _parameters(name: str, uniforms: np.ndarray, strength: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
