@@ -48,6 +48,19 @@ class Inputs(NamedTuple):
     width: int
 
 
+def room(count: int, size: tuple[int, int], dtype: Type) -> int:
+    """Bytes of so many views."""
+    return count * 3 * size[0] * size[1] * TYPES[dtype].itemsize
+
+
+def shaped(
+    memory: UInt8[np.ndarray, " bytes"], count: int, size: tuple[int, int], dtype: Type, layout: Layout
+) -> Float[Tensor, "n 3 height width"]:
+    """`room` bytes as the tensor of views that is written into them."""
+    flat = torch.from_numpy(memory).view(TYPES[dtype])
+    return flat.view(count, *size, 3).permute(0, 3, 1, 2) if layout == "channels_last" else flat.view(count, 3, *size)
+
+
 def execute(
     images: Sequence[UInt8[np.ndarray, "_ _ _"]],
     plan: Plan,
@@ -57,15 +70,18 @@ def execute(
     dtype: Type = "float32",
     layout: Layout = "contiguous",
     threads: int = 1,
+    memory: UInt8[np.ndarray, " bytes"] | None = None,
 ) -> Float[Tensor, "n 3 height width"]:
-    """The views of a plan, (value − mean) / std; equal for any number of threads.
+    """The views of a plan, (value − mean) / std; equal for any number of threads. They are written into `memory` of `room` bytes, where it is given.
 
     Images are rows × columns × 1 (grey), 3 (RGB) or 4 (the fourth is left out) bytes; pixels of a row must lie side by side. Against
     reference.render: bytes between source and colour where boxes are averaged, float32 else.
     """
     held = [image if _in_rows(image) else np.ascontiguousarray(image) for image in images]
     inputs = _inputs(held, plan, mean, std)
-    views, flat, kind = _output(len(plan.source), plan.size, dtype, layout)
+    count, kind = len(plan.source), list(TYPES).index(dtype)
+    memory = np.empty(room(count, plan.size, dtype), np.uint8) if memory is None else memory  # numpy asks for large pages
+    views, flat = shaped(memory, count, plan.size, dtype, layout), memory.view(np.float32 if kind == sampling.FLOAT32 else np.uint16)
     out, bits = (flat, _NO_BITS) if kind == sampling.FLOAT32 else (_NO_FLOATS, flat)
     target = out, bits, kind, layout == "channels_last"
     altered = neighbourhood.needed(plan)
@@ -134,15 +150,6 @@ def _inputs(images: Sequence[np.ndarray], plan: Plan, mean: Sequence[float], std
         height=plan.size[0],
         width=plan.size[1],
     )
-
-
-def _output(count: int, size: tuple[int, int], dtype: Type, layout: Layout) -> tuple[Tensor, np.ndarray, int]:
-    """The tensor (n, 3, height, width), its memory as a flat array of floats or of 16 bits, and the number of its type."""
-    kind = list(TYPES).index(dtype)
-    flat = np.empty(count * 3 * size[0] * size[1], np.float32 if kind == sampling.FLOAT32 else np.uint16)  # numpy asks for large pages
-    memory = torch.from_numpy(flat).view(TYPES[dtype])
-    views = memory.view(count, *size, 3).permute(0, 3, 1, 2) if layout == "channels_last" else memory.view(count, 3, *size)
-    return views, flat, kind
 
 
 def _pieces(count: int, threads: int) -> list[tuple[int, int]]:

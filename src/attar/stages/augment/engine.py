@@ -141,6 +141,10 @@ class Augment:
             box_share=self.box_share,
         )
 
+    def room(self, views: int) -> int:
+        """Bytes that so many views take."""
+        return cpu.room(views, self.size, self.dtype)
+
     def _clusters(self, clusters: Any, count: int) -> list[int | None]:
         if clusters is None or not self.policy.clusters:
             return [None] * count

@@ -74,12 +74,13 @@ def _check_range(low: float, high: float, remedy: str) -> None:
 
 def _one(image: Any, number: int) -> np.ndarray:
     """One image of a list."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
-    elif hasattr(image, "mode") and hasattr(image, "convert"):  # PIL, which is not imported for this
-        image = np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
     if not isinstance(image, np.ndarray):
-        raise DataError(f"Image {number} is of type {type(image).__name__}. Expected {EXPECTED}.")
+        if isinstance(image, Tensor):
+            image = image.detach().cpu().numpy()
+        elif hasattr(image, "mode") and hasattr(image, "convert"):  # PIL, which is not imported for this
+            image = np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+        else:
+            raise DataError(f"Image {number} is of type {type(image).__name__}. Expected {EXPECTED}.")
     if image.dtype != np.uint8:
         remedy = (
             "(image * 255).round().astype(np.uint8)" if image.dtype.kind == "f" else "image.astype(np.uint8) if its values are 0 to 255"

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float64, Int64, Shaped
+from jaxtyping import Float, Float64, Int64, Shaped, UInt8
 from torch import Tensor
 
 from attar.containers import Unreadable
@@ -120,7 +119,7 @@ class _Batch:
     plan: Plan
     reductions: list[int]
     bytes: list[int]  # what each item takes while it is in work: of its file, its pixels, and what their decoding needs
-    out: Tensor
+    memory: UInt8[np.ndarray, " bytes"]  # of all views
     parts: list[Future[None]] = field(default_factory=list)
     dropped: bool = False
 
@@ -199,8 +198,7 @@ class AugmentingLoader:
                 self._drop(batch)
 
     def _room(self, ids: np.ndarray) -> int:
-        height, width = self._augment.size
-        return len(ids) * self._views * 3 * height * width * cpu.TYPES[self._augment.dtype].itemsize
+        return self._augment.room(len(ids) * self._views)
 
     def _start(self, ids: np.ndarray, step: int, clusters: np.ndarray | None) -> _Batch:
         room = self._room(ids)
@@ -217,7 +215,7 @@ class AugmentingLoader:
         plan = self._augment.plan(self._files.sizes[ids], clusters=own, step=step, views=self._views, boxes=boxes)
         factors, pixels = reductions(plan, len(ids)), self._files.sizes[ids].prod(1)
         work = self._files.bytes[ids] + 3 * pixels // factors**2 + np.where(self._files.jpeg[ids], 0, PER_PIXEL * pixels)
-        batch = _Batch(ids, plan, factors.tolist(), work.tolist(), self._memory_for(len(plan.source)))
+        batch = _Batch(ids, plan, factors.tolist(), work.tolist(), self._memory.take(room))
         batch.parts = [self._pool.submit(self._fill, batch, first) for first in range(min(self._threads, len(ids)))]
         return batch
 
@@ -243,7 +241,9 @@ class AugmentingLoader:
                 height, width = self._files.sizes[item].tolist()
                 mine["matrix"] = upright_to_stored((height, width), orientation, reduction) @ mine["matrix"]
             plan = batch.plan._replace(**mine, drawn={})
-            batch.out[rows] = cpu.execute([pixels], plan, augment.mean, augment.std, dtype=augment.dtype, layout=augment.layout)
+            own = augment.room(self._views)
+            memory = batch.memory[slot * own : (slot + 1) * own]
+            cpu.execute([pixels], plan, augment.mean, augment.std, dtype=augment.dtype, layout=augment.layout, memory=memory)
 
     def _decode(self, item: int, reduction: int) -> np.ndarray:
         pixels, orientation = image.stored(self._files.read(item), reduction=reduction, max_pixels=self._files.limit(item))
@@ -253,25 +253,18 @@ class AugmentingLoader:
             raise Unreadable(f"is of another size than {width} × {height} pixels", "let nothing write to it while it is in use")
         return pixels
 
-    def _memory_for(self, count: int) -> Tensor:
-        height, width = self._augment.size
-        dtype, values = cpu.TYPES[self._augment.dtype], count * 3 * height * width
-        flat = torch.from_numpy(self._memory.take(values * dtype.itemsize)).view(dtype) if count else torch.empty(0, dtype=dtype)
-        if self._augment.layout == "channels_last":
-            return flat.view(count, height, width, 3).permute(0, 3, 1, 2)
-        return flat.view(count, 3, height, width)
-
     def _finish(self, batch: _Batch) -> tuple[np.ndarray, Tensor]:
         try:
             for part in batch.parts:
                 part.result()
         finally:
             self._drop(batch)
-        return batch.ids, batch.out
+        augment = self._augment
+        return batch.ids, cpu.shaped(batch.memory, len(batch.plan.source), augment.size, augment.dtype, augment.layout)
 
     def _drop(self, batch: _Batch) -> None:
         """Ends what is still being made of a batch, and its place in the queue."""
         batch.dropped = True
         for part in batch.parts:
             part.cancel()
-        self._memory.hand_over(batch.out.nbytes)
+        self._memory.hand_over(batch.memory.nbytes)
