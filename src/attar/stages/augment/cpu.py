@@ -154,5 +154,6 @@ def _inputs(images: Sequence[np.ndarray], plan: Plan, mean: Sequence[float], std
 
 def _pieces(count: int, threads: int) -> list[tuple[int, int]]:
     """0 … count in runs for threads to take."""
-    ends = np.linspace(0, count, 1 + min(count, threads * PIECES if threads > 1 else 1)).astype(int)
-    return list(zip(ends[:-1].tolist(), ends[1:].tolist()))
+    pieces = min(count, threads * PIECES if threads > 1 else 1)
+    ends = [count * piece // pieces for piece in range(pieces + 1)] if pieces else []
+    return list(zip(ends, ends[1:]))
