@@ -70,8 +70,9 @@ def test_the_view_that_shrinks_least_decides() -> None:
     sizes = np.array([(230, 260)] * 60)
     plan = crops.plan(sizes, step=0, views=3)
     found = reductions(plan, 60)
+    by_view = [name for name in plan._fields if name not in ("size", "border", "fill", "tables", "drawn")]
     per_view = [
-        reductions(plan._replace(**{name: getattr(plan, name)[[row]] for name in loading.BY_VIEW} | {"source": np.zeros(1, int)}), 1)[0]
+        reductions(plan._replace(**{name: getattr(plan, name)[[row]] for name in by_view} | {"source": np.zeros(1, int)}), 1)[0]
         for row in range(180)
     ]
     assert np.array_equal(found, np.reshape(per_view, (60, 3)).min(1))

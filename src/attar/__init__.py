@@ -155,7 +155,7 @@ def name(run: str | Path, cluster: int, name: str, *, quiet: bool = False) -> di
 
 def status(run: str | Path) -> dict[str, Any]:
     """What is done in a run folder."""
-    from attar.pipeline import status as status_of
+    from attar.workspace import status as status_of
 
     return status_of(run)
 

@@ -14,19 +14,8 @@ from typing import Any
 import attar
 from attar.config import Option, build_config, options
 from attar.errors import AttarError, BudgetNotReached, UsageError
+from attar.stages import STAGES
 
-STAGES = {
-    "scan": "read every item, set aside what is broken, split by content",
-    "embed": "turn items into vectors, with a given model or one learned from them",
-    "cluster": "group the vectors",
-    "curate": "find duplicates, outliers and a core set",
-    "augment": "find how strongly items can be transformed",
-    "train": "settle the original that is compressed",
-    "compress": "prune, repair, distil and quantise to the budget",
-    "evaluate": "measure on items nothing has seen",
-    "export": "write RUN/model",
-    "report": "write RUN/report.html",
-}
 EXAMPLES = {
     "run": """examples:
   attar run photos/                                          learn a model from the photos themselves
@@ -259,7 +248,8 @@ def _compress(given: argparse.Namespace) -> None:
 
 def _stage(given: argparse.Namespace) -> None:
     flags, file = _settings(given)
-    from attar.pipeline import continue_config, run_config, status
+    from attar.pipeline import continue_config, run_config
+    from attar.workspace import status
 
     missed = None
     try:

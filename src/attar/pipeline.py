@@ -19,7 +19,7 @@ from attar import records as r
 from attar import runtime
 from attar.config import Augment, Compress, Config, Generate, build_config, flatten, read_toml
 from attar.data import absolute
-from attar.errors import BudgetNotReached, UsageError, WorkspaceError
+from attar.errors import BudgetNotReached, UsageError
 from attar.formats import NAMES, read_json
 from attar.models import sources
 from attar.stages.augment.catalogue import POLICIES
@@ -38,7 +38,7 @@ from attar.stages.report.page import report
 from attar.stages.scan import fingerprint, scan
 from attar.stages.signals import require_board
 from attar.stages.train import train
-from attar.workspace import Job, Stage, Workspace
+from attar.workspace import Job, Stage, Workspace, status
 
 
 def _augment(
@@ -231,21 +231,3 @@ def continue_config(run: str | Path, given: Mapping[str, Any], file: str | Path 
     if file is not None:
         known |= read_toml(Path(file))
     return build_config(known | dict(given) | {"out": str(run)})
-
-
-def status(run: str | Path) -> dict[str, Any]:
-    """What is done in a run folder: state, seconds and notes of every stage, and the result's sentence when there is one."""
-    root = Path(run)
-    if not (root / "run.json").is_file():
-        raise WorkspaceError(f"{root}: is not a run folder of attar (no run.json)")
-    space = Workspace(root, SPINE)
-    rows = []
-    for name in SPINE:
-        manifest = space.manifest(name)
-        half = any((root / ".partial").glob(f"{name}-*"))
-        state = "half done" if half else "done" if manifest else "not started"
-        rows.append(
-            {"stage": name, "state": state, "seconds": manifest and manifest["seconds"], "notes": manifest["notes"] if manifest else []}
-        )
-    finished = space.manifest("report") is not None
-    return {"run": str(root), **read_json(root / "run.json"), "stages": rows, "result": space.load("report").sentence if finished else None}

@@ -38,8 +38,10 @@ from tqdm import tqdm
 
 from attar import __version__, formats
 from attar.errors import UsageError, WorkspaceError
+from attar.records import Page
 from attar.scale import engine_of
 from attar.scale.local import Engine, Local, Work
+from attar.stages import STAGES
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
@@ -413,3 +415,21 @@ class Workspace:
         for old in (self.root / ".cache" / name).glob("*-*"):
             if not old.name.startswith(f"{current}-"):
                 old.unlink(missing_ok=True)
+
+
+def status(run: str | Path) -> dict[str, Any]:
+    """What is done in a run folder: state, seconds and notes of every stage, and the result's sentence when there is one. Imports no stage."""
+    root = Path(run)
+    if not (root / "run.json").is_file():
+        raise WorkspaceError(f"{root}: is not a run folder of attar (no run.json)")
+    space, rows = Workspace(root, {}), []
+    for name in STAGES:
+        manifest = space.manifest(name)
+        half = any((root / ".partial").glob(f"{name}-*"))
+        state = "half done" if half else "done" if manifest else "not started"
+        rows.append(
+            {"stage": name, "state": state, "seconds": manifest and manifest["seconds"], "notes": manifest["notes"] if manifest else []}
+        )
+    finished = space.manifest("report") is not None
+    result = formats.FORMATS[Page].load(root).sentence if finished else None
+    return {"run": str(root), **formats.read_json(root / "run.json"), "stages": rows, "result": result}

@@ -26,8 +26,8 @@ LOOKS = 3
 """Looks into a word, which has 57 bits at least: 13 for a first coefficient, and three times 13."""
 END = 128
 """Coefficients that the end of a block counts for: more than there are."""
-ROOM = 4096
-"""Bytes that may be read beyond the end: an MCU of damaged data, at most twelve blocks of 64 times 31 bits."""
+ROOM = 512
+"""Bytes that may be read beyond the end: a block of damaged data, at most 64 times 31 bits, and a word."""
 DOWN, ACROSS = (
     np.array(axis) for axis in zip(*sorted(((v, u) for v in range(8) for u in range(8)), key=lambda at: (sum(at), at[1 - sum(at) % 2])))
 )
@@ -459,7 +459,7 @@ def _read(scan, ends, restart, blocks, weights, codes, first, skipped, valued, p
                         for y in range(height):
                             for x in range(width):
                                 flat[at + y * pitch + x] = _level(pixels[width * y + x])
-                if bit < 0 or bit > 8 * ends[interval]:
+                if bit < 0 or bit > 8 * ends[interval]:  # asked of every block: what is read beyond the end is bounded by it
                     return False
     return 0 <= 8 * ends[-1] - bit < 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from attar.stages.augment import coordinates, neighbourhood, sampling
+from attar.stages.augment import coordinates, mapping, neighbourhood, sampling
 from attar.stages.augment.plan import Plan
 
 Type = Literal["float32", "float16", "bfloat16"]
@@ -61,6 +62,53 @@ def shaped(
     return flat.view(count, *size, 3).permute(0, 3, 1, 2) if layout == "channels_last" else flat.view(count, 3, *size)
 
 
+class Pass:
+    """A plan ready for the compiled pass: views are made one after the other, from any thread, as soon as the image they show is given."""
+
+    def __init__(
+        self,
+        images: Int64[np.ndarray, "m 5"],
+        plan: Plan,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        dtype: Type,
+        layout: Layout,
+        memory: UInt8[np.ndarray, " bytes"] | None = None,
+    ) -> None:
+        """`images` are `described`, or zeros until `give` does; the views are written into `memory` of `room` bytes, where it is given."""
+        count, kind = len(plan.source), list(TYPES).index(dtype)
+        memory = np.empty(room(count, plan.size, dtype), np.uint8) if memory is None else memory  # numpy asks for large pages
+        self.plan, self.views = plan, shaped(memory, count, plan.size, dtype, layout)
+        self._inputs, self._every, self._altered = _inputs(images, plan, mean, std), np.arange(count), neighbourhood.needed(plan)
+        flat = memory.view(np.float32 if kind == sampling.FLOAT32 else np.uint16)
+        out, bits = (flat, _NO_BITS) if kind == sampling.FLOAT32 else (_NO_FLOATS, flat)
+        self._target = out, bits, kind, layout == "channels_last"
+
+    def give(self, number: int, image: UInt8[np.ndarray, "_ _ _"]) -> None:
+        """An image, which has to live until its views are made."""
+        self._inputs.images[number] = described(image)
+
+    def move(self, first: int, end: int, matrix: Float[np.ndarray, "3 3"]) -> None:
+        """Views whose image lies otherwise than the plan has it: `matrix` takes pixels of the planned one to those of the one given."""
+        moved = matrix @ self.plan.matrix[first:end]
+        self._inputs.matrix[first:end], self._inputs.boxes[first:end] = moved, mapping.steps(moved, self.plan.size)
+
+    def make(self, first: int, end: int) -> None:
+        """Views first … end − 1."""
+        start, altered = first, (first + np.flatnonzero(self._altered[first:end])).tolist()
+        if altered:
+            whole, spare = np.empty((3, *self.plan.size), np.float32), np.empty(self.plan.size, np.float32)
+        for view in [*altered, end]:
+            if start < view:
+                sampling.sample_views(start, view, self._every, *self._inputs, *self._target, _NO_VIEW, False)
+            if view < end:
+                sampling.sample_views(view, view + 1, self._every, *self._inputs, *self._target, whole, True)
+                neighbourhood.alter(whole, spare, self.plan, view)
+                sampling.store_view(whole, self._inputs.erase[view], view, self._inputs.scale, self._inputs.shift, *self._target)
+            start = view + 1
+
+
 def execute(
     images: Sequence[UInt8[np.ndarray, "_ _ _"]],
     plan: Plan,
@@ -70,43 +118,22 @@ def execute(
     dtype: Type = "float32",
     layout: Layout = "contiguous",
     threads: int = 1,
-    memory: UInt8[np.ndarray, " bytes"] | None = None,
 ) -> Float[Tensor, "n 3 height width"]:
-    """The views of a plan, (value − mean) / std; equal for any number of threads. They are written into `memory` of `room` bytes, where it is given.
+    """The views of a plan, (value − mean) / std; equal for any number of threads.
 
     Images are rows × columns × 1 (grey), 3 (RGB) or 4 (the fourth is left out) bytes; pixels of a row must lie side by side. Against
     reference.render: bytes between source and colour where boxes are averaged, float32 else.
     """
     held = [image if _in_rows(image) else np.ascontiguousarray(image) for image in images]
-    inputs = _inputs(held, plan, mean, std)
-    count, kind = len(plan.source), list(TYPES).index(dtype)
-    memory = np.empty(room(count, plan.size, dtype), np.uint8) if memory is None else memory  # numpy asks for large pages
-    views, flat = shaped(memory, count, plan.size, dtype, layout), memory.view(np.float32 if kind == sampling.FLOAT32 else np.uint16)
-    out, bits = (flat, _NO_BITS) if kind == sampling.FLOAT32 else (_NO_FLOATS, flat)
-    target = out, bits, kind, layout == "channels_last"
-    altered = neighbourhood.needed(plan)
-    simple, rest = np.flatnonzero(~altered), np.flatnonzero(altered)
-
-    def sample(first: int, end: int) -> None:
-        sampling.sample_views(first, end, simple, *inputs, *target, _NO_VIEW, False)
-
-    def alter(first: int, end: int) -> None:
-        whole, spare = np.empty((3, *plan.size), np.float32), np.empty(plan.size, np.float32)
-        for number in range(first, end):
-            view = int(rest[number])
-            sampling.sample_views(number, number + 1, rest, *inputs, *target, whole, True)
-            neighbourhood.alter(whole, spare, plan, view)
-            sampling.store_view(whole, inputs.erase[view], view, inputs.scale, inputs.shift, *target)
-
-    tasks = [(sample, *piece) for piece in _pieces(len(simple), threads)] + [(alter, *piece) for piece in _pieces(len(rest), threads)]
-    if threads == 1 or len(tasks) == 1:
-        for task, first, end in tasks:
-            task(first, end)
-        return views
+    done = Pass(np.array([described(image) for image in held], np.int64), plan, mean, std, dtype=dtype, layout=layout)
+    pieces = _pieces(len(plan.source), threads)
+    if len(pieces) == 1:
+        done.make(*pieces[0])
+        return done.views
     pool = _pool(threads, os.getpid())
-    for done in [pool.submit(task, first, end) for task, first, end in tasks]:
-        done.result()
-    return views
+    for part in [pool.submit(done.make, *piece) for piece in pieces]:
+        part.result()
+    return done.views
 
 
 _NO_FLOATS, _NO_BITS, _NO_VIEW = np.empty(0, np.float32), np.empty(0, np.uint16), np.empty((3, 0, 0), np.float32)
@@ -123,16 +150,21 @@ def _in_rows(image: np.ndarray) -> bool:
     return image.strides[2] == 1 and image.strides[1] == image.shape[2] and image.strides[0] >= image.shape[1] * image.shape[2]
 
 
-def _inputs(images: Sequence[np.ndarray], plan: Plan, mean: Sequence[float], std: Sequence[float]) -> Inputs:
+def described(image: UInt8[np.ndarray, "_ _ _"]) -> tuple[int, int, int, int, int]:
+    """Address, rows, columns, bytes per row, channels."""
+    return (image.ctypes.data, *image.shape[:2], image.strides[0], image.shape[2])
+
+
+def _inputs(images: Int64[np.ndarray, "m 5"], plan: Plan, mean: Sequence[float], std: Sequence[float]) -> Inputs:
     colour = np.ascontiguousarray(plan.colour, np.float32)
     plain = (colour == np.eye(3, 4, dtype=np.float32)).all((1, 2))
     bent = (plan.warp[:, 0] != 0) | plan.elastic.any((1, 2, 3))
     straight = (plan.matrix[:, 2] == [0, 0, 1]).all(1)
     red, green, blue = (int(level) for level in np.floor(255 * plan.fill.astype(np.float64) + 0.5))
     return Inputs(
-        images=np.array([(image.ctypes.data, *image.shape[:2], image.strides[0], image.shape[2]) for image in images], np.int64),
+        images=images,
         source=np.ascontiguousarray(plan.source, np.int64),
-        matrix=np.ascontiguousarray(plan.matrix, np.float64),
+        matrix=np.array(plan.matrix, np.float64),
         kinds=np.where(bent, coordinates.WARPED, np.where(straight, coordinates.AFFINE, coordinates.PROJECTIVE)).astype(np.int64),
         boxes=plan.steps(),
         warp=np.ascontiguousarray(plan.warp, np.float32),
@@ -156,4 +188,4 @@ def _pieces(count: int, threads: int) -> list[tuple[int, int]]:
     """0 … count in runs for threads to take."""
     pieces = min(count, threads * PIECES if threads > 1 else 1)
     ends = [count * piece // pieces for piece in range(pieces + 1)] if pieces else []
-    return list(zip(ends, ends[1:]))
+    return list(itertools.pairwise(ends))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64, Shaped, UInt8
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from attar.containers import Unreadable
@@ -30,7 +30,6 @@ AHEAD = 4
 """Batches in the making or ready, at most, however small they are."""
 PER_PIXEL = 8
 """Bytes a pixel takes while a format is decoded that has no scaled decoding."""
-BY_VIEW = tuple(name for name in Plan._fields if name not in ("size", "border", "fill", "tables", "drawn"))
 
 
 def upright_to_stored(size: tuple[int, int], orientation: int, reduction: int = 1) -> Float64[np.ndarray, "3 3"]:
@@ -116,10 +115,9 @@ class Memory(NamedTuple):
 @dataclass
 class _Batch:
     ids: Int64[np.ndarray, " items"]
-    plan: Plan
+    views: cpu.Pass
     reductions: list[int]
     bytes: list[int]  # what each item takes while it is in work: of its file, its pixels, and what their decoding needs
-    memory: UInt8[np.ndarray, " bytes"]  # of all views
     parts: list[Future[None]] = field(default_factory=list)
     dropped: bool = False
 
@@ -215,7 +213,9 @@ class AugmentingLoader:
         plan = self._augment.plan(self._files.sizes[ids], clusters=own, step=step, views=self._views, boxes=boxes)
         factors, pixels = reductions(plan, len(ids)), self._files.sizes[ids].prod(1)
         work = self._files.bytes[ids] + 3 * pixels // factors**2 + np.where(self._files.jpeg[ids], 0, PER_PIXEL * pixels)
-        batch = _Batch(ids, plan, factors.tolist(), work.tolist(), self._memory.take(room))
+        memory, how = self._memory.take(room), self._augment
+        views = cpu.Pass(np.zeros((len(ids), 5), np.int64), plan, how.mean, how.std, dtype=how.dtype, layout=how.layout, memory=memory)
+        batch = _Batch(ids, views, factors.tolist(), work.tolist())
         batch.parts = [self._pool.submit(self._fill, batch, first) for first in range(min(self._threads, len(ids)))]
         return batch
 
@@ -231,19 +231,15 @@ class AugmentingLoader:
 
     def _make(self, batch: _Batch, slot: int, item: int) -> None:
         """All views of one item, from one decoding."""
-        augment, reduction, rows = self._augment, batch.reductions[slot], slice(slot * self._views, (slot + 1) * self._views)
-        mine = {name: getattr(batch.plan, name)[rows] for name in BY_VIEW}
-        mine["source"] = np.zeros(self._views, np.int64)
+        reduction, first = batch.reductions[slot], slot * self._views
         with self._decoding.hold(batch.bytes[slot]):
             pixels = self._cache.get((item, reduction), lambda: self._decode(item, reduction))
             orientation = int(self._orientation[item])
             if orientation > 1 or reduction > 1:
                 height, width = self._files.sizes[item].tolist()
-                mine["matrix"] = upright_to_stored((height, width), orientation, reduction) @ mine["matrix"]
-            plan = batch.plan._replace(**mine, drawn={})
-            own = augment.room(self._views)
-            memory = batch.memory[slot * own : (slot + 1) * own]
-            cpu.execute([pixels], plan, augment.mean, augment.std, dtype=augment.dtype, layout=augment.layout, memory=memory)
+                batch.views.move(first, first + self._views, upright_to_stored((height, width), orientation, reduction))
+            batch.views.give(slot, pixels)
+            batch.views.make(first, first + self._views)
 
     def _decode(self, item: int, reduction: int) -> np.ndarray:
         pixels, orientation = image.stored(self._files.read(item), reduction=reduction, max_pixels=self._files.limit(item))
@@ -259,12 +255,11 @@ class AugmentingLoader:
                 part.result()
         finally:
             self._drop(batch)
-        augment = self._augment
-        return batch.ids, cpu.shaped(batch.memory, len(batch.plan.source), augment.size, augment.dtype, augment.layout)
+        return batch.ids, batch.views.views
 
     def _drop(self, batch: _Batch) -> None:
         """Ends what is still being made of a batch, and its place in the queue."""
         batch.dropped = True
         for part in batch.parts:
             part.cancel()
-        self._memory.hand_over(batch.memory.nbytes)
+        self._memory.hand_over(batch.views.views.nbytes)
