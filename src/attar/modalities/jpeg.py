@@ -26,9 +26,18 @@ def reduction_for(shrink: float) -> int:
     return next((factor for factor in REDUCTIONS if factor <= shrink), 1)
 
 
+def _start(data: bytes) -> int:
+    """Where the first scan begins; the end of what has none."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return at if data[at : at + 2] == b"\xff\xda" else len(data)
+
+
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG that nothing says to turn, grey or YCbCr; None for what Pillow has to look at."""
-    if not data.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in data or b"tiff:Orientation" in data:
+    head = data[: _start(data)]  # what says how to turn it stands before the scan, and large files take a while to search
+    if not head.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in head or b"tiff:Orientation" in head:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
