@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_image
+from PIL import Image
 
 from attar.cli import main
-from attar.config import Augment, Search, build_config
+from attar.config import Augment, Data, Search, build_config
 from attar.data import absolute
 from attar.errors import DataError, UsageError
 from attar.records import Clusters, Dial, Head, Items, Model, Policy, Preprocess, Selection, Vectors
 from attar.stages.augment import policy as policies
 from attar.stages.augment import ranking, search
 from attar.stages.augment.catalogue import DEFAULTS, POLICIES, read_policy
+from attar.stages.scan import scan
 from attar.workspace import Job
 
 Make = Callable[..., Job]
@@ -43,9 +45,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Items:
     """The scan of 150 small images of two kinds."""
-    from attar.config import Data
-    from attar.stages.scan import scan
-
     folder = tmp_path_factory.mktemp("more")
     for place in range(150):
         make_image(("stripes", "discs")[place % 2], place, 20, 16).save(folder / f"{place:03d}.png")
@@ -122,6 +121,22 @@ def test_pictures_are_never_learned_from_and_judged_on(more: Items, job: Make) -
     seen = {image.tobytes() for image in train}
     assert not seen & {image.tobytes() for image in held}
     assert len(train) + len(held) <= len(more) - len(more.ids("test"))
+
+
+def test_halves_that_probes_compare_are_of_the_same_kinds(tmp_path: Path, job: Make) -> None:
+    """Also where a kind is a folder, so that by path one comes after the other: probes are fitted to one half and ask the other."""
+    for number in range(240):
+        kind, value = ("dark", 20) if number < 120 else ("light", 230)
+        file = tmp_path / kind / f"{number:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), value + number % 20, np.uint8)).save(file)
+    found = scan(Data(data=str(tmp_path)), job("scan"))
+    _, held = search.pictures(found, job("pictures"))
+    thumbs = search._thumbs(found, np.random.default_rng(0))
+    for drawn in (held, thumbs):
+        half = len(drawn) // 2
+        for part in (drawn[:half], drawn[half:]):
+            assert 0.2 < (part.reshape(len(part), -1).mean(1) > 128).mean() < 0.8
 
 
 def test_too_few_images_are_refused(items: Items, job: Make) -> None:

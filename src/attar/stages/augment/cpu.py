@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -126,13 +128,17 @@ def execute(
     """
     held = [image if _in_rows(image) else np.ascontiguousarray(image) for image in images]
     done = Pass(np.array([described(image) for image in held], np.int64), plan, mean, std, dtype=dtype, layout=layout)
-    pieces = _pieces(len(plan.source), threads)
-    if len(pieces) == 1:
-        done.make(*pieces[0])
-        return done.views
-    pool = _pool(threads, os.getpid())
-    for part in [pool.submit(done.make, *piece) for piece in pieces]:
-        part.result()
+    pieces = deque(_pieces(len(plan.source), threads))
+
+    def work() -> None:
+        while pieces:
+            with suppress(IndexError):  # another thread was faster
+                done.make(*pieces.popleft())
+
+    others = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(min(threads, len(pieces)) - 1)]
+    work()  # this thread too: it would only wait, and one less has to be woken
+    for other in others:
+        other.result()
     return done.views
 
 

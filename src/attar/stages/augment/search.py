@@ -120,6 +120,9 @@ def look(network: Network, images: UInt8[np.ndarray, "items side side 3"]) -> di
 def pictures(items: Items, job: Job) -> tuple[np.ndarray, np.ndarray]:
     """Images to learn from and held-out images to judge on, (n, side, side, 3) uint8: of the training and the validation split, drawn by the seed.
 
+    The held-out ones are in the order they were drawn in: yardsticks fit probes to one half and ask the other, and by path the halves would be of
+    other folders, and so of other kinds.
+
     Where the validation split is small, training images that are then not learned from are judged on as well. Raises DataError for too few.
     """
     train, held = (job.rng("items", split).permutation(items.ids(split)) for split in ("train", "validation"))
@@ -137,7 +140,7 @@ def pictures(items: Items, job: Job) -> tuple[np.ndarray, np.ndarray]:
         for ids in (np.sort(train), np.sort(held)):
             made = [images for _, images in loader.stream(np.array_split(ids, -(-len(ids) // 128))) if bar.update(len(images)) is not False]
             parts.append(np.concatenate(made))
-    return parts[0], parts[1]
+    return parts[0], parts[1][np.argsort(np.argsort(held))]
 
 
 def costs(images: np.ndarray, policies: Mapping[str, Policy]) -> dict[str, float]:
@@ -243,7 +246,7 @@ def search(items: Items, settings: config.Search, job: Job) -> Ranking:
 
     Raises DataError for too few images, UsageError for a budget that is too small to tell anything.
     """
-    thumbs = _thumbs(items)
+    thumbs = _thumbs(items, job.rng("thumbs"))
     mirrored = mirror_accuracy(thumbs.reshape(-1, 256), job.rng("mirror"))
     policies = ranking.contenders(flips=mirrored <= MIRROR_LIMIT)
     train, held = pictures(items, job)
@@ -270,9 +273,9 @@ def search(items: Items, settings: config.Search, job: Job) -> Ranking:
     return Ranking(policy=_chosen(policies[verdict.winner], verdict, rows, steps), rows=rows, verdict=said(verdict, prices))
 
 
-def _thumbs(items: Items) -> np.ndarray:
-    """Grey thumbnails (n, 16, 16) uint8 of at most 2,000 training items."""
-    chosen = items.ids("train")[:2000]
+def _thumbs(items: Items, rng: np.random.Generator) -> np.ndarray:
+    """Grey thumbnails (n, 16, 16) uint8 of at most 2,000 training items, drawn: the first would often be those of one folder, and so of one kind."""
+    chosen = rng.permutation(items.ids("train"))[:2000]
     return np.frombuffer(b"".join(items.table["thumb"].take(chosen).to_pylist()), np.uint8).reshape(-1, 16, 16)
 
 
