@@ -160,9 +160,10 @@ def steps_of(settings: config.Search, images: np.ndarray, count: int) -> int:
     if settings.search_steps is not None:
         steps, said = settings.search_steps // ranking.trials(count), f"search_steps: {settings.search_steps}"
     elif settings.search_minutes is not None:
+        fit(images, ranking.POLICIES["default"], 0, 2)  # compiles and loads
         start = time.perf_counter()
-        fit(images, ranking.POLICIES["default"], 0, 5)
-        pace = (time.perf_counter() - start) / 5
+        fit(images, ranking.POLICIES["default"], 0, 10)
+        pace = (time.perf_counter() - start) / 10
         steps, said = (
             int(0.85 * 60 * settings.search_minutes / (pace * ranking.trials(count))),
             f"search_minutes: {settings.search_minutes:g}",
