@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -132,8 +131,11 @@ def execute(
 
     def work() -> None:
         while pieces:
-            with suppress(IndexError):  # another thread was faster
-                done.make(*pieces.popleft())
+            try:
+                piece = pieces.popleft()
+            except IndexError:  # another thread was faster
+                return
+            done.make(*piece)
 
     others = [_pool(threads - 1, os.getpid()).submit(work) for _ in range(min(threads, len(pieces)) - 1)]
     work()  # this thread too: it would only wait, and one less has to be woken
