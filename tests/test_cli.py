@@ -19,8 +19,9 @@ import pytest
 from conftest import Finished, attar_command, contents
 
 import attar
-from attar.cli import STAGES, main
+from attar.cli import main
 from attar.config import template
+from attar.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 

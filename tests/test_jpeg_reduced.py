@@ -101,7 +101,7 @@ def test_what_is_not_whole_is_left_to_a_library() -> None:
     assert jpeg_reduced.decode(data, (161, 120), 8) is None
 
 
-def test_damage_is_never_read_beyond() -> None:
+def test_damage_anywhere_gives_pixels_or_nothing() -> None:
     """Any bytes changed anywhere give pixels of the right shape or nothing; where the bits cannot be whole, libjpeg has its say."""
     rng, given = np.random.default_rng(0), 0
     kinds = [encode(photo(96, 80), **options) for options in ({}, {"restart_marker_blocks": 2}, {"optimize": True, "subsampling": 0})]

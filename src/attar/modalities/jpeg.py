@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -12,6 +13,8 @@ REDUCTIONS = (8, 4, 2, 1)
 """What the sides may be divided by; the scales between these cost as much as the next larger of them, or more."""
 LARGE, DENSE = 1 << 18, {8: 0.5, 4: 1.0}
 """Bytes of a file, and bits a pixel, from which jpeg_reduced.py is faster than libjpeg-turbo: photos as cameras store them, not small or smooth ones."""
+SCAN = 0xDA
+"""The marker before a scan."""
 SMALLEST = 16
 """Longer side, pixels, below which a reduced size may be that of several scales of n/8, of which not the one that is meant would be taken."""
 
@@ -26,18 +29,19 @@ def reduction_for(shrink: float) -> int:
     return next((factor for factor in REDUCTIONS if factor <= shrink), 1)
 
 
-def _start(data: bytes) -> int:
-    """Where the first scan begins; the end of what has none."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return at if data[at : at + 2] == b"\xff\xda" else len(data)
+def segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Marker, body and end of each segment up to the first scan's header, which is the last; fewer where a file is not as it should be."""
+    at, marker = 2, 0
+    while marker != SCAN and at + 4 <= len(data) and data[at] == 0xFF:
+        marker, end = data[at + 1], at + 2 + (data[at + 2] << 8 | data[at + 3])
+        yield marker, data[at + 4 : end], end
+        at = end
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG that nothing says to turn, grey or YCbCr; None for what Pillow has to look at."""
-    head = data[: _start(data)]  # what says how to turn it stands before the scan, and large files take a while to search
-    if not head.startswith(b"\xff\xd8\xff") or b"Exif\0\0" in head or b"tiff:Orientation" in head:
+    found = list(segments(data)) if data.startswith(b"\xff\xd8\xff") else []  # not all of the data: large files take a while to search
+    if not found or found[-1][0] != SCAN or any(b"Exif\0\0" in body or b"tiff:Orientation" in body for _, body, _ in found):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Float32, Int16, Int32, Int64, UInt8, UInt16
 from numba import njit
 
+from attar.modalities.jpeg import SCAN, segments
+
 OPTIONS = {"nogil": True, "cache": True, "fastmath": True, "error_model": "numpy"}
 U = np.uint64
 BITS, VALUED_BITS = 13, 11
@@ -65,18 +67,16 @@ def header(data: bytes) -> Header | None:
 def _header(data: bytes) -> Header | None:
     quantisation: dict[int, bytes] = {}
     codes: dict[int, bytes] = {}
-    frame, restart, coloured, at, marker = b"", 0, True, 2, 0
-    while marker != 0xDA:
-        if data[at] != 0xFF:
-            return None
-        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
-        body, at = data[at + 4 : at + 2 + length], at + 2 + length
-        if marker in (0xC0, 0xC1):
+    frame, scan, restart, coloured, start = b"", b"", 0, True, 0
+    for marker, body, end in segments(data):
+        if marker == SCAN:
+            scan, start = body, end
+        elif marker in (0xC0, 0xC1):
             frame = body
         elif marker == 0xC4:
             while body:
-                end = 17 + sum(body[1:17])
-                codes[body[0]], body = body[1:end], body[end:]
+                size = 17 + sum(body[1:17])
+                codes[body[0]], body = body[1:size], body[size:]
         elif marker == 0xDB:
             while body:
                 quantisation[body[0]], body = body[1:65], body[65 + 64 * (body[0] >> 4) :]  # of 16 bits: under numbers nothing asks for
@@ -84,12 +84,12 @@ def _header(data: bytes) -> Header | None:
             restart = body[0] << 8 | body[1]
         elif marker == 0xEE and body.startswith(b"Adobe"):
             coloured = body[11] == 1
-        elif marker not in (0xDA, 0xFE) and not 0xE0 <= marker <= 0xEF:
+        elif marker != 0xFE and not 0xE0 <= marker <= 0xEF:
             return None
-    scan, count = body, frame[5]
+    count = frame[5]
     own, named = frame[6 : 6 + 3 * count], scan[1 : 1 + 2 * count]
     plain = frame[0] == 8 and scan[0] == count and named[::2] == own[::3] and scan[1 + 2 * count :] == b"\0\x3f\0"
-    if not plain or not coloured or own[::3] == b"RGB" or at > len(data):
+    if not plain or not coloured or own[::3] == b"RGB" or start > len(data):
         return None
     parts = [
         Component(sampling >> 4, sampling & 15, quantisation[steps], codes[tables >> 4], codes[16 | tables & 15])
@@ -97,7 +97,7 @@ def _header(data: bytes) -> Header | None:
     ]
     if count == 1:
         parts = [parts[0]._replace(across=1, down=1)]  # whatever it says: alone in a scan it has a block an MCU
-    return Header((frame[3] << 8 | frame[4], frame[1] << 8 | frame[2]), tuple(parts), restart, at)
+    return Header((frame[3] << 8 | frame[4], frame[1] << 8 | frame[2]), tuple(parts), restart, start)
 
 
 def _readable(found: Header) -> bool:
@@ -300,6 +300,21 @@ def _unstuff(data, start, scan, ends):
 
 @njit(**OPTIONS, inline="always")
 @no_type_check
+def _alone(scan, bit, k, table, codes):
+    """The place after the coefficient at `bit` (-1 for damage), the bit after it, and its value: where a look finds no whole one, or too many."""
+    length, run, value = _coefficient(codes, table, _from(scan, bit))
+    return -1 if length == 0 or 64 < k + run < END else k + run, bit + length, np.float32(value)
+
+
+@njit(**OPTIONS, inline="always")
+@no_type_check
+def _beyond(passed):
+    """Whether a look that gets to this place went on into the next block."""
+    return 64 < passed < END or passed >= END + 64
+
+
+@njit(**OPTIONS, inline="always")
+@no_type_check
 def _skip(scan, bit, word, table, codes, skipped):
     """The bit after a block whose coefficients nobody needs; -1 for damage."""
     k = 1
@@ -307,7 +322,7 @@ def _skip(scan, bit, word, table, codes, skipped):
         for _ in range(LOOKS):
             entry = np.int64(skipped[table, np.int64(word >> U(64 - BITS))])
             passed = k + (entry >> 5)
-            if entry == 0 or 64 < passed < END or passed >= END + 64:  # perhaps a block ends within these bits
+            if entry == 0 or _beyond(passed):
                 break
             k, bit, word = passed, bit + (entry & 31), word << U(entry & 31)
             if k >= 64:
@@ -315,12 +330,9 @@ def _skip(scan, bit, word, table, codes, skipped):
         else:
             word = _from(scan, bit)
             continue
-        length, run, _ = _coefficient(codes, table, _from(scan, bit))
-        k, bit = k + run, bit + length
-        if length == 0 or 64 < k < END:
-            return -1
-        if k >= 64:
-            return bit
+        k, bit, _ = _alone(scan, bit, k, table, codes)
+        if k < 0 or k >= 64:
+            return bit if k > 0 else -1
         word = _from(scan, bit)
 
 
@@ -333,7 +345,7 @@ def _four(scan, bit, word, table, codes, valued, level, weights, component):
         for _ in range(LOOKS):
             entry = valued[table, np.int64(word >> U(64 - VALUED_BITS))]
             passed = k + (entry >> 5 & 255)
-            if entry == 0 or 64 < passed < END or passed >= END + 64:
+            if entry == 0 or _beyond(passed):
                 break
             one, two = k + (entry >> 13 & 127) - 1, passed - 1
             first, second = np.float32(entry << 16 >> 48), np.float32(entry >> 48)
@@ -347,17 +359,14 @@ def _four(scan, bit, word, table, codes, valued, level, weights, component):
         else:
             word = _from(scan, bit)
             continue
-        length, run, value = _coefficient(codes, table, _from(scan, bit))
-        k, bit, first = k + run, bit + length, np.float32(value)
-        if length == 0 or 64 < k < END:
+        k, bit, first = _alone(scan, bit, k, table, codes)
+        if k < 0:
             return -1, a, b, c, d
-        if k >= END:
-            return bit, a, b, c, d
         a += first * weights[component, k - 1, 0]
         b += first * weights[component, k - 1, 1]
         c += first * weights[component, k - 1, 2]
         d += first * weights[component, k - 1, 3]
-        if k == 64:
+        if k >= 64:
             return bit, a, b, c, d
         word = _from(scan, bit)
 
@@ -373,7 +382,7 @@ def _some(scan, bit, word, table, codes, valued, level, weights, component, pixe
         for _ in range(LOOKS):
             entry = valued[table, np.int64(word >> U(64 - VALUED_BITS))]
             passed = k + (entry >> 5 & 255)
-            if entry == 0 or 64 < passed < END or passed >= END + 64:
+            if entry == 0 or _beyond(passed):
                 break
             one, two = k + (entry >> 13 & 127) - 1, passed - 1
             first, second = np.float32(entry << 16 >> 48), np.float32(entry >> 48)
@@ -386,15 +395,12 @@ def _some(scan, bit, word, table, codes, valued, level, weights, component, pixe
         else:
             word = _from(scan, bit)
             continue
-        length, run, value = _coefficient(codes, table, _from(scan, bit))
-        k, bit, first = k + run, bit + length, np.float32(value)
-        if length == 0 or 64 < k < END:
+        k, bit, first = _alone(scan, bit, k, table, codes)
+        if k < 0:
             return -1
-        if k >= END:
-            return bit
         for i in range(16):
             pixels[i] += first * weights[component, k - 1, i]
-        if k == 64:
+        if k >= 64:
             return bit
         word = _from(scan, bit)
 
@@ -451,14 +457,9 @@ def _read(scan, ends, restart, blocks, weights, codes, first, skipped, valued, p
                     flat[at + pitch], flat[at + pitch + 1] = _level(c), _level(d)
                 else:
                     bit = _some(scan, bit, word, ac, codes, valued, level, weights, component, pixels)
-                    if width == 4:
-                        for y in range(height):
-                            for x in range(4):
-                                flat[at + y * pitch + x] = _level(pixels[4 * y + x])
-                    else:
-                        for y in range(height):
-                            for x in range(width):
-                                flat[at + y * pitch + x] = _level(pixels[width * y + x])
+                    for y in range(height):
+                        for x in range(width):
+                            flat[at + y * pitch + x] = _level(pixels[width * y + x])
                 if bit < 0 or bit > 8 * ends[interval]:  # asked of every block: what is read beyond the end is bounded by it
                     return False
     return 0 <= 8 * ends[-1] - bit < 8
